@@ -1,0 +1,109 @@
+//! IPv4 and IPv6 addresses as they lie in map keys and packets: octets in network order.
+
+use core::fmt;
+
+/// An address family: what generic code needs to know of an address.
+pub trait Address: Copy + Eq + 'static {
+    /// Zeroes that round a struct with one address and a u64 up to a multiple of 8 bytes, so that it has no padding.
+    type Fill: Copy + Eq + fmt::Debug + core::hash::Hash + 'static;
+    /// The one value of [`Self::Fill`].
+    const FILL: Self::Fill;
+    /// The all-zeroes address.
+    const UNSPECIFIED: Self;
+    /// The address as 32-bit words in memory order, unused ones zero; for checksums and hashes.
+    fn words(&self) -> [u32; 4];
+}
+
+/// An IPv4 address, four octets in network order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C, align(4))]
+pub struct Ipv4Address {
+    /// The octets as they are sent.
+    pub octets: [u8; 4],
+}
+
+/// An IPv6 address, sixteen octets in network order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C, align(4))]
+pub struct Ipv6Address {
+    /// The octets as they are sent.
+    pub octets: [u8; 16],
+}
+
+crate::layout::layout!(Ipv4Address, size 4, { octets @ 0 + 4 });
+crate::layout::layout!(Ipv6Address, size 16, { octets @ 0 + 16 });
+
+impl Ipv4Address {
+    /// The address whose octets lie in memory as this word does (the kernel's `__be32`).
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_be_word(word: u32) -> Self {
+        Self { octets: word.to_ne_bytes() }
+    }
+
+    /// The kernel's `__be32`: a word whose memory is the octets.
+    #[inline(always)]
+    #[must_use]
+    pub const fn be_word(self) -> u32 {
+        u32::from_ne_bytes(self.octets)
+    }
+}
+
+impl Address for Ipv4Address {
+    type Fill = [u32; 0];
+    const FILL: Self::Fill = [];
+    const UNSPECIFIED: Self = Self { octets: [0; 4] };
+
+    #[inline(always)]
+    fn words(&self) -> [u32; 4] {
+        [self.be_word(), 0, 0, 0]
+    }
+}
+
+impl Address for Ipv6Address {
+    type Fill = [u32; 1];
+    const FILL: Self::Fill = [0];
+    const UNSPECIFIED: Self = Self { octets: [0; 16] };
+
+    #[inline(always)]
+    fn words(&self) -> [u32; 4] {
+        let o = &self.octets;
+        [
+            u32::from_ne_bytes([o[0], o[1], o[2], o[3]]),
+            u32::from_ne_bytes([o[4], o[5], o[6], o[7]]),
+            u32::from_ne_bytes([o[8], o[9], o[10], o[11]]),
+            u32::from_ne_bytes([o[12], o[13], o[14], o[15]]),
+        ]
+    }
+}
+
+macro_rules! conversions {
+    ($address:ident, $standard:path) => {
+        impl From<$standard> for $address {
+            fn from(address: $standard) -> Self {
+                Self { octets: address.octets() }
+            }
+        }
+
+        impl From<$address> for $standard {
+            fn from(address: $address) -> Self {
+                Self::from(address.octets)
+            }
+        }
+
+        impl fmt::Display for $address {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                <$standard>::from(*self).fmt(f)
+            }
+        }
+
+        impl fmt::Debug for $address {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(self, f)
+            }
+        }
+    };
+}
+
+conversions!(Ipv4Address, core::net::Ipv4Addr);
+conversions!(Ipv6Address, core::net::Ipv6Addr);

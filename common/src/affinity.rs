@@ -1,0 +1,27 @@
+//! `affinity4` and `affinity6`: which backend a client of a service port last used.
+
+use crate::{Ipv4Address, Ipv6Address};
+
+/// Key of a client's affinity. Which frontend and which source port the client used does not matter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct AffinityKey<A> {
+    /// Service port.
+    pub service_id: u32,
+    /// The client's address; for processes of this host, the node's address ([`crate::config::Config`]).
+    pub client: A,
+}
+
+/// Value of a client's affinity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Affinity {
+    /// Backend of the client's last new connection.
+    pub backend_id: u32,
+    /// Seconds of CLOCK_MONOTONIC when that connection was new; the time-out counts from here.
+    pub last_new_connection: u32,
+}
+
+crate::layout::layout!(AffinityKey<Ipv4Address>, size 8, { service_id @ 0 + 4, client @ 4 + 4 });
+crate::layout::layout!(AffinityKey<Ipv6Address>, size 20, { service_id @ 0 + 4, client @ 4 + 16 });
+crate::layout::layout!(Affinity, size 8, { backend_id @ 0 + 4, last_new_connection @ 4 + 4 });

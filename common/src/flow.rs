@@ -1,0 +1,149 @@
+//! `conntrack4/6` and `half_open4/6`: how to rewrite the packets that carry a tuple.
+//!
+//! Flows come in pairs of mirror entries. For a key `k` with rewrite `r`, the sibling's key is `r` reversed (same
+//! protocol and edge) and its rewrite is `k` reversed, so that each half can find and recreate the other.
+
+use crate::{Ipv4Address, Ipv6Address};
+
+/// Source and destination of a packet of a known protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct Tuple<A> {
+    /// Source address.
+    pub source: A,
+    /// Destination address.
+    pub destination: A,
+    /// Source port, network order.
+    pub source_port_be: u16,
+    /// Destination port, network order.
+    pub destination_port_be: u16,
+}
+
+impl<A: Copy> Tuple<A> {
+    /// The tuple of packets in the other direction.
+    #[inline(always)]
+    #[must_use]
+    pub const fn reversed(&self) -> Self {
+        Self {
+            source: self.destination,
+            destination: self.source,
+            source_port_be: self.destination_port_be,
+            destination_port_be: self.source_port_be,
+        }
+    }
+}
+
+/// Key of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct FlowKey<A> {
+    /// The packet's tuple before the rewrite.
+    pub tuple: Tuple<A>,
+    /// Where the client's packets meet this node: [`EDGE_UPLINK`], or the ifindex of a pod's veth (host side).
+    pub edge: u32,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zeroes.
+    pub reserved: [u8; 3],
+}
+
+/// The edge of all uplinks and tunnels together: a reply may come back by another one.
+pub const EDGE_UPLINK: u32 = 0;
+
+/// Value of a flow. Its rewrite never changes; `last_seen`, `state` and `closing` are written in place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Flow<A> {
+    /// The packet's tuple after the rewrite.
+    pub rewrite: Tuple<A>,
+    /// Service port that the flow belongs to.
+    pub service_id: u32,
+    /// Backend that the flow uses.
+    pub backend_id: u32,
+    /// Seconds of CLOCK_MONOTONIC when a packet was last seen; written at most once a second.
+    pub last_seen: u32,
+    /// One of [`state`].
+    pub state: u8,
+    /// Bits of [`flags`].
+    pub flags: u8,
+    /// Bits of [`closing`], the same in both halves.
+    pub closing: u8,
+    /// Zero.
+    pub reserved: u8,
+}
+
+/// Values of [`Flow::state`].
+pub mod state {
+    /// TCP: a SYN was translated, no SYN-ACK yet. UDP: no reply yet.
+    pub const NEW: u8 = 0;
+    /// TCP: a SYN-ACK was seen, the handshake's last ACK not yet. Half-open flows only.
+    pub const ANSWERED: u8 = 1;
+    /// TCP: the handshake is complete. UDP: packets were seen both ways.
+    pub const ESTABLISHED: u8 = 2;
+}
+
+/// Bits of [`Flow::closing`]. None set: the connection is open.
+pub mod closing {
+    /// The client sent FIN.
+    pub const CLIENT_FIN: u8 = 1 << 0;
+    /// The backend sent FIN.
+    pub const BACKEND_FIN: u8 = 1 << 1;
+    /// Either side sent RST.
+    pub const RESET: u8 = 1 << 2;
+}
+
+/// Bits of [`Flow::flags`].
+pub mod flags {
+    /// The half that translates the backend's packets; without it, the half that translates the client's.
+    pub const REPLY: u8 = 1 << 0;
+    /// The rewritten source is an address of this node, or its rewritten packets leave by another road than the
+    /// stack's: the program redirects them itself, by route.
+    pub const REDIRECT: u8 = 1 << 1;
+    /// The pod is its own backend: packets are turned round into the veth that they came from.
+    pub const HAIRPIN: u8 = 1 << 2;
+}
+
+impl<A: Copy> FlowKey<A> {
+    /// A key.
+    #[inline(always)]
+    pub const fn new(tuple: Tuple<A>, protocol: u8, edge: u32) -> Self {
+        Self { tuple, edge, protocol, reserved: [0; 3] }
+    }
+}
+
+impl<A: Copy> Flow<A> {
+    /// Key of the mirror entry, given this entry's own key.
+    #[inline(always)]
+    #[must_use]
+    pub const fn sibling_key(&self, key: &FlowKey<A>) -> FlowKey<A> {
+        FlowKey::new(self.rewrite.reversed(), key.protocol, key.edge)
+    }
+
+    /// The mirror entry, given this entry's own key.
+    #[inline(always)]
+    #[must_use]
+    pub const fn sibling(&self, key: &FlowKey<A>) -> Self {
+        Self { rewrite: key.tuple.reversed(), flags: self.flags ^ flags::REPLY, ..*self }
+    }
+}
+
+crate::layout::layout!(Tuple<Ipv4Address>, size 12, {
+    source @ 0 + 4, destination @ 4 + 4, source_port_be @ 8 + 2, destination_port_be @ 10 + 2,
+});
+crate::layout::layout!(Tuple<Ipv6Address>, size 36, {
+    source @ 0 + 16, destination @ 16 + 16, source_port_be @ 32 + 2, destination_port_be @ 34 + 2,
+});
+crate::layout::layout!(FlowKey<Ipv4Address>, size 20, {
+    tuple @ 0 + 12, edge @ 12 + 4, protocol @ 16 + 1, reserved @ 17 + 3,
+});
+crate::layout::layout!(FlowKey<Ipv6Address>, size 44, {
+    tuple @ 0 + 36, edge @ 36 + 4, protocol @ 40 + 1, reserved @ 41 + 3,
+});
+crate::layout::layout!(Flow<Ipv4Address>, size 28, {
+    rewrite @ 0 + 12, service_id @ 12 + 4, backend_id @ 16 + 4, last_seen @ 20 + 4,
+    state @ 24 + 1, flags @ 25 + 1, closing @ 26 + 1, reserved @ 27 + 1,
+});
+crate::layout::layout!(Flow<Ipv6Address>, size 52, {
+    rewrite @ 0 + 36, service_id @ 36 + 4, backend_id @ 40 + 4, last_seen @ 44 + 4,
+    state @ 48 + 1, flags @ 49 + 1, closing @ 50 + 1, reserved @ 51 + 1,
+});

@@ -1,0 +1,96 @@
+//! `frontends4` and `frontends6`: an (address, port, protocol) that clients connect to.
+
+use crate::{Ipv4Address, Ipv6Address};
+
+/// Key of a frontend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct FrontendKey<A> {
+    /// Service address, or a node address for a nodePort.
+    pub address: A,
+    /// Service port or nodePort, network order. 0 together with protocol 0 names the address as a whole, see
+    /// [`flags::WHOLE_ADDRESS`].
+    pub port_be: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub reserved: u8,
+}
+
+/// A run of the backend table: the backends of one set. Unused (length 0) means that the set is empty.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct BackendSet {
+    /// Index of the first element in `backend_table`.
+    pub first: u32,
+    /// Number of elements.
+    pub length: u32,
+}
+
+/// Value of a frontend. It is replaced as a whole, never written in place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Frontend {
+    /// Unique over all writes of frontends and backends; see DESIGN, "Replacing an element".
+    pub version: u64,
+    /// Service port that this frontend belongs to; 0 for [`flags::WHOLE_ADDRESS`].
+    pub service_id: u32,
+    /// Bits of [`flags`].
+    pub flags: u32,
+    /// Backends that traffic may reach under policy Cluster.
+    pub cluster: BackendSet,
+    /// Backends that traffic may reach under policy Local.
+    pub local: BackendSet,
+    /// Session affinity time-out in seconds (1 to 86400); 0 means no affinity.
+    pub affinity_seconds: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Bits of [`Frontend::flags`].
+pub mod flags {
+    /// The service's ClusterIP.
+    pub const CLUSTER_IP: u32 = 1 << 0;
+    /// A node address with the nodePort.
+    pub const NODE_PORT: u32 = 1 << 1;
+    /// A load-balancer ingress IP.
+    pub const LOAD_BALANCER: u32 = 1 << 2;
+    /// One of spec.externalIPs.
+    pub const EXTERNAL_IP: u32 = 1 << 3;
+    /// Traffic that comes from inside the cluster (pods, this host) uses the local set. Never set on frontends that
+    /// fall under the external traffic policy: for those the short circuit holds.
+    pub const INTERNAL_LOCAL: u32 = 1 << 4;
+    /// Traffic that comes from outside the cluster uses the local set.
+    pub const EXTERNAL_LOCAL: u32 = 1 << 5;
+    /// For processes on this host only (127.0.0.1 with a nodePort); packets never match it.
+    pub const HOST_ONLY: u32 = 1 << 6;
+    /// Not a frontend but a mark on an address of which all ports belong to a Service (a ClusterIP): a packet to a
+    /// port that it doesn't have is rejected. Key: the address, port 0, protocol 0.
+    pub const WHOLE_ADDRESS: u32 = 1 << 7;
+}
+
+impl<A> FrontendKey<A> {
+    /// The key for an (address, port in network order, protocol).
+    #[inline(always)]
+    pub const fn new(address: A, port_be: u16, protocol: u8) -> Self {
+        Self { address, port_be, protocol, reserved: 0 }
+    }
+
+    /// The key of the mark on a whole address, see [`flags::WHOLE_ADDRESS`].
+    #[inline(always)]
+    pub const fn whole_address(address: A) -> Self {
+        Self::new(address, 0, 0)
+    }
+}
+
+crate::layout::layout!(BackendSet, size 8, { first @ 0 + 4, length @ 4 + 4 });
+crate::layout::layout!(FrontendKey<Ipv4Address>, size 8, {
+    address @ 0 + 4, port_be @ 4 + 2, protocol @ 6 + 1, reserved @ 7 + 1,
+});
+crate::layout::layout!(FrontendKey<Ipv6Address>, size 20, {
+    address @ 0 + 16, port_be @ 16 + 2, protocol @ 18 + 1, reserved @ 19 + 1,
+});
+crate::layout::layout!(Frontend, size 40, {
+    version @ 0 + 8, service_id @ 8 + 4, flags @ 12 + 4, cluster @ 16 + 8, local @ 24 + 8,
+    affinity_seconds @ 32 + 4, reserved @ 36 + 4,
+});

@@ -1,0 +1,56 @@
+//! Names of the maps: in the object file, and of their pins below the pin directory (`--pin-path`).
+
+/// Every pinned map.
+pub const MAPS: &[&str] = &[
+    CONFIG,
+    FRONTENDS4,
+    FRONTENDS6,
+    BACKENDS4,
+    BACKENDS6,
+    BACKEND_TABLE,
+    CONNTRACK4,
+    CONNTRACK6,
+    HALF_OPEN4,
+    HALF_OPEN6,
+    AFFINITY4,
+    AFFINITY6,
+    INTERFACES,
+    SOCK_FORWARD4,
+    SOCK_FORWARD6,
+    SOCK_REVERSE4,
+    SOCK_REVERSE6,
+    SERVICE_NAMES,
+    SERVICE_COUNTERS,
+    DROP_COUNTERS,
+    REJECT_BUDGET,
+];
+
+macro_rules! names {
+    ($($constant:ident = $name:literal : $meaning:literal;)+) => {
+        $( #[doc = $meaning] pub const $constant: &str = $name; )+
+    };
+}
+
+names! {
+    CONFIG = "config": "0 → [`crate::config::Config`].";
+    FRONTENDS4 = "frontends4": "[`crate::frontend::FrontendKey`] → [`crate::frontend::Frontend`], IPv4.";
+    FRONTENDS6 = "frontends6": "The same for IPv6.";
+    BACKENDS4 = "backends4": "Backend id → [`crate::backend::Backend`], IPv4.";
+    BACKENDS6 = "backends6": "The same for IPv6.";
+    BACKEND_TABLE = "backend_table": "Index → backend id.";
+    CONNTRACK4 = "conntrack4": "[`crate::flow::FlowKey`] → [`crate::flow::Flow`], IPv4.";
+    CONNTRACK6 = "conntrack6": "The same for IPv6.";
+    HALF_OPEN4 = "half_open4": "TCP flows whose handshake is incomplete, IPv4.";
+    HALF_OPEN6 = "half_open6": "The same for IPv6.";
+    AFFINITY4 = "affinity4": "[`crate::affinity::AffinityKey`] → [`crate::affinity::Affinity`], IPv4.";
+    AFFINITY6 = "affinity6": "The same for IPv6.";
+    INTERFACES = "interfaces": "Interface index → [`crate::interface::Interface`].";
+    SOCK_FORWARD4 = "sock_forward4": "Socket and frontend → backend, IPv4.";
+    SOCK_FORWARD6 = "sock_forward6": "The same for IPv6.";
+    SOCK_REVERSE4 = "sock_reverse4": "Socket and backend → frontend, IPv4.";
+    SOCK_REVERSE6 = "sock_reverse6": "The same for IPv6.";
+    SERVICE_NAMES = "service_names": "Service id → [`crate::service_name::ServiceName`].";
+    SERVICE_COUNTERS = "service_counters": "Service id → [`crate::counter::ServiceCounter`] per CPU.";
+    DROP_COUNTERS = "drop_counters": "Drop reason → packets per CPU (u64).";
+    REJECT_BUDGET = "reject_budget": "0 → [`crate::counter::RejectBudget`] per CPU.";
+}

@@ -1,0 +1,169 @@
+//! Everything that a running Sheave can be told, as plain values: `cli` fills it from flags and environment variables,
+//! tests build it directly.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
+
+use sheave_common::config::Timeouts;
+
+/// What `sheave run` was asked to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunConfig {
+    /// Where Services, EndpointSlices and this Node come from.
+    pub source: SourceConfig,
+    /// Name of this node: whose endpoints are local, and which Node object is ours.
+    pub node_name: String,
+    /// Directory of the pins, on a BPF file system.
+    pub pin_path: PathBuf,
+    /// Cgroup v2 directory whose processes are balanced at connect time; the hierarchy's root if absent.
+    pub cgroup: Option<PathBuf>,
+    /// Which processes are balanced at connect time.
+    pub connect: ConnectMode,
+    /// How XDP is used on uplinks.
+    pub xdp: XdpMode,
+    /// Which interfaces are what, where detection is not wanted.
+    pub interfaces: InterfaceRules,
+    /// Which node addresses serve nodePorts.
+    pub nodeport_addresses: NodePortAddresses,
+    /// Whether spec.externalIPs are frontends.
+    pub external_ips: bool,
+    /// Source of a pod's packets to itself.
+    pub hairpin4: Ipv4Addr,
+    /// The same for IPv6.
+    pub hairpin6: Ipv6Addr,
+    /// Idle time-outs of flows.
+    pub timeouts: Timeouts,
+    /// Source ports for SNAT, inclusive.
+    pub snat_ports: (u16, u16),
+    /// Rejects and resets that one CPU may send in a second.
+    pub rejects_per_second: u32,
+    /// Pass mid-flow TCP that no flow knows, while connections of another proxy drain.
+    pub drain_foreign: bool,
+    /// Sizes of the maps.
+    pub sizes: MapSizes,
+}
+
+/// Where objects come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceConfig {
+    /// A folder of YAML files.
+    Manifests(PathBuf),
+    /// A Kubernetes API server.
+    Kubernetes {
+        /// Path of a kubeconfig; without one, $KUBECONFIG, ~/.kube/config or the in-cluster service account.
+        kubeconfig: Option<PathBuf>,
+        /// Addresses of API servers that replace the one configured, tried in turn.
+        api_servers: Vec<String>,
+    },
+}
+
+/// Which processes are balanced at connect time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConnectMode {
+    /// Processes in the network namespace that Sheave runs in.
+    Host,
+    /// Those, and TCP of every process below the cgroup.
+    Tcp,
+    /// Every process below the cgroup.
+    All,
+    /// None.
+    Off,
+}
+
+/// How XDP is used on uplinks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XdpMode {
+    /// Native, on physical uplinks whose driver has it.
+    Auto,
+    /// Native, on all uplinks; failing is an error.
+    Native,
+    /// The kernel's generic XDP on all uplinks.
+    Generic,
+    /// Not at all.
+    Off,
+}
+
+/// Interface name patterns (`*` matches any run of characters) that override detection.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct InterfaceRules {
+    /// Host sides of pods' veths.
+    pub pods: Vec<String>,
+    /// Uplinks.
+    pub uplinks: Vec<String>,
+    /// Tunnels.
+    pub tunnels: Vec<String>,
+    /// Interfaces to leave alone.
+    pub ignored: Vec<String>,
+}
+
+/// Which node addresses serve nodePorts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// Node.status InternalIP, per family.
+    Primary,
+    /// Every address of this node that lies in one of these networks: (address, prefix length).
+    Networks(Vec<(std::net::IpAddr, u8)>),
+    /// Every address of this node.
+    All,
+}
+
+/// Maximum entries of the maps that grow with the cluster or with traffic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapSizes {
+    /// Service ports: names and counters.
+    pub services: u32,
+    /// Frontends, per family.
+    pub frontends: u32,
+    /// Backends, per family.
+    pub backends: u32,
+    /// Elements of the backend table.
+    pub table: u32,
+    /// Flows, two entries each, per family.
+    pub conntrack: u32,
+    /// Half-open flows, two entries each, per family.
+    pub half_open: u32,
+    /// Clients with session affinity, per family.
+    pub affinity: u32,
+    /// Sockets balanced at connect time, per family.
+    pub sockets: u32,
+}
+
+impl Default for MapSizes {
+    fn default() -> Self {
+        Self {
+            services: 65_536,
+            frontends: 131_072,
+            backends: 262_144,
+            table: 524_288,
+            conntrack: 524_288,
+            half_open: 131_072,
+            affinity: 65_536,
+            sockets: 65_536,
+        }
+    }
+}
+
+impl RunConfig {
+    /// The defaults of `sheave run` for a source and a node.
+    #[must_use]
+    pub fn new(source: SourceConfig, node_name: String) -> Self {
+        Self {
+            source,
+            node_name,
+            pin_path: PathBuf::from("/sys/fs/bpf/sheave"),
+            cgroup: None,
+            connect: ConnectMode::Host,
+            xdp: XdpMode::Auto,
+            interfaces: InterfaceRules::default(),
+            nodeport_addresses: NodePortAddresses::Primary,
+            external_ips: true,
+            hairpin4: Ipv4Addr::new(169, 254, 42, 1),
+            hairpin6: Ipv6Addr::new(0xfd53, 0x6865, 0x6176, 0x6500, 0, 0, 0, 1),
+            timeouts: Timeouts::DEFAULT,
+            snat_ports: (61_000, 65_535),
+            rejects_per_second: 1_000,
+            drain_foreign: false,
+            sizes: MapSizes::default(),
+        }
+    }
+}

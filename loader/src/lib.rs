@@ -1,0 +1,10 @@
+//! Sheave's controller: from Services and EndpointSlices to pinned BPF maps. ARCHITECTURE.md has the map of the house.
+//!
+//! Arrows run down only: `cli` → `controller` → `dataplane` → `plan` → `model`, and `source` → `model`.
+
+/// The BPF object file that this build embeds.
+pub static EBPF_OBJECT: &[u8] = aya::include_bytes_aligned!(env!("SHEAVE_EBPF_OBJECT"));
+
+pub mod config;
+pub mod interfaces;
+pub mod model;

@@ -1,0 +1,117 @@
+//! What a service port should look like in the kernel. The border between `model`, which makes these values, and
+//! `plan`, which turns them into map writes.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+/// Transport protocol of a service port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Protocol {
+    /// TCP.
+    Tcp = sheave_common::PROTOCOL_TCP,
+    /// UDP.
+    Udp = sheave_common::PROTOCOL_UDP,
+    /// SCTP.
+    Sctp = sheave_common::PROTOCOL_SCTP,
+}
+
+impl Protocol {
+    /// From an IP protocol number.
+    #[must_use]
+    pub const fn from_number(number: u8) -> Option<Self> {
+        match number {
+            sheave_common::PROTOCOL_TCP => Some(Self::Tcp),
+            sheave_common::PROTOCOL_UDP => Some(Self::Udp),
+            sheave_common::PROTOCOL_SCTP => Some(Self::Sctp),
+            _ => None,
+        }
+    }
+
+    /// The IP protocol number.
+    #[must_use]
+    pub const fn number(self) -> u8 {
+        self as u8
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
+        })
+    }
+}
+
+/// Identity of a Service.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServiceKey {
+    /// metadata.namespace
+    pub namespace: String,
+    /// metadata.name
+    pub name: String,
+}
+
+impl fmt::Display for ServiceKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// Identity of a service port, the unit that is balanced.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServicePortName {
+    /// The Service.
+    pub service: ServiceKey,
+    /// Name of the port in the Service; empty if it has none.
+    pub port: String,
+    /// Its protocol.
+    pub protocol: Protocol,
+}
+
+impl fmt::Display for ServicePortName {
+    /// `namespace/name:port`, or `namespace/name` for a port without a name: the text in the `service_names` map.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.port.is_empty() { self.service.fmt(f) } else { write!(f, "{}:{}", self.service, self.port) }
+    }
+}
+
+/// A service port as it should be.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServicePort {
+    /// Frontends: address and port (machine order) → bits of [`sheave_common::frontend::flags`], of both families.
+    /// One that carries `CLUSTER_IP` implies the mark on the whole address.
+    pub frontends: BTreeMap<SocketAddr, u32>,
+    /// Session affinity time-out in seconds, 0 for none.
+    pub affinity_seconds: u32,
+    /// Endpoints for IPv4 frontends.
+    pub endpoints4: EndpointSets,
+    /// Endpoints for IPv6 frontends.
+    pub endpoints6: EndpointSets,
+}
+
+/// The two sets that traffic may be balanced over. Each is sorted and free of duplicates, so that equal sets are
+/// equal values.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EndpointSets {
+    /// For policy Cluster, after readiness and topology.
+    pub cluster: Vec<Endpoint>,
+    /// For policy Local. Filled whether or not a policy uses it.
+    pub local: Vec<Endpoint>,
+}
+
+/// One endpoint. Address and port identify it within a service port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Endpoint {
+    /// Address.
+    pub address: IpAddr,
+    /// Port, machine order.
+    pub port: u16,
+    /// On this node.
+    pub local: bool,
+    /// Terminating and still serving.
+    pub terminating: bool,
+}
