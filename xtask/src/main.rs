@@ -1,2 +1,66 @@
-//! main
-fn main() {}
+//! Development tasks: `cargo xtask setup | build | test | demo`.
+//!
+//! Each task first sets up what it needs and says in plain words what it installs; on a machine where nothing is
+//! missing that takes no time.
+
+mod demo;
+mod process;
+mod setup;
+mod test;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Sheave's development tasks.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what building, the tests and the demo need; does nothing when nothing is missing
+    Setup,
+    /// Build the `sheave` binary with its BPF programs
+    Build {
+        /// Optimised
+        #[arg(long)]
+        release: bool,
+    },
+    /// Build and run every test; those that need it run as root
+    Test(test::Options),
+    /// Show Services at work: two nodes and a client in network namespaces, real HTTP and DNS
+    Demo,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    std::env::set_current_dir(repository())?;
+    match arguments.task {
+        Task::Setup => setup::run(setup::Need::Everything),
+        Task::Build { release } => {
+            setup::run(setup::Need::Building)?;
+            let mut cargo = process::cargo(&["build", "--package", "sheave"]);
+            if release {
+                cargo.arg("--release");
+            }
+            process::run(&mut cargo)
+        }
+        Task::Test(options) => {
+            setup::run(setup::Need::Everything)?;
+            test::run(&options)
+        }
+        Task::Demo => {
+            setup::run(setup::Need::Everything)?;
+            demo::run()
+        }
+    }
+}
+
+fn repository() -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+}

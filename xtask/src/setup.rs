@@ -1,0 +1,277 @@
+//! Finds what building, the tests and the demo need, and installs what is missing.
+//!
+//! There are two ways to a compiler for BPF, and `loader/build.rs` takes whichever is there: Debian's packages, or
+//! rustup's nightly with rust-src. Setup prefers the first where apt offers it, because its `core` is ready made.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::process::{self, find, output};
+
+/// What the machine is made ready for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// `cargo build`.
+    Building,
+    /// Also the tests and the demo.
+    Everything,
+}
+
+/// Programs that the tests and the demo call, the packages they are in (Debian, Fedora, Arch), and what for.
+const TOOLS: &[Tool] = &[
+    Tool { program: "ip", packages: ["iproute2", "iproute", "iproute2"], purpose: "builds network namespaces" },
+    Tool { program: "bpftool", packages: ["bpftool", "bpftool", "bpf"], purpose: "dumps maps" },
+    Tool { program: "iperf3", packages: ["iperf3", "iperf3", "iperf3"], purpose: "moves gigabytes" },
+    Tool { program: "nft", packages: ["nftables", "nftables", "nftables"], purpose: "plays a CNI's firewall" },
+    Tool {
+        program: "iptables",
+        packages: ["iptables", "iptables-nft", "iptables-nft"],
+        purpose: "plays a CNI's firewall",
+    },
+    Tool {
+        program: "conntrack",
+        packages: ["conntrack", "conntrack-tools", "conntrack-tools"],
+        purpose: "shows what netfilter tracked",
+    },
+    Tool { program: "dig", packages: ["bind9-dnsutils", "bind-utils", "bind"], purpose: "asks DNS" },
+    Tool { program: "dnsmasq", packages: ["dnsmasq-base", "dnsmasq", "dnsmasq"], purpose: "answers DNS" },
+    Tool { program: "curl", packages: ["curl", "curl", "curl"], purpose: "asks HTTP" },
+];
+
+struct Tool {
+    program: &'static str,
+    packages: [&'static str; 3],
+    purpose: &'static str,
+}
+
+const DEBIAN_COMPILER: &[&str] = &["rustc-web", "libstd-rust-web-dev-bpf"];
+/// To build bpf-linker against the same LLVM as Debian's compiler.
+const DEBIAN_LINKER: &[&str] = &["llvm-22-dev", "libzstd-dev", "zlib1g-dev", "gcc", "g++", "libc6-dev"];
+const LINKER_VERSION: &str = "0.13.0";
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// Installs what is missing, saying what and why.
+pub(crate) fn run(need: Need) -> Result<()> {
+    let compiler = compiler();
+    let linker = linker_runs();
+    let tools: Vec<&Tool> = if need == Need::Everything {
+        TOOLS.iter().filter(|tool| find(tool.program).is_none()).collect()
+    } else {
+        vec![]
+    };
+
+    if compiler.is_none() || !linker || !tools.is_empty() {
+        say("this machine lacks something; installing it:");
+        if compiler.is_none() {
+            say("- a Rust compiler for BPF, with its core library");
+        }
+        if !linker {
+            say("- bpf-linker, which links the BPF programs");
+        }
+        for tool in &tools {
+            say(&format!("- {} ({})", tool.program, tool.purpose));
+        }
+        let apt = find("apt-get").is_some();
+        if apt {
+            apt_update()?;
+        }
+        let compiler = match compiler {
+            Some(compiler) => compiler,
+            None => install_compiler(apt)?,
+        };
+        if !linker {
+            install_linker(compiler, apt)?;
+        }
+        install_tools(&tools, apt)?;
+        say("everything that was missing is there now");
+    }
+    if need == Need::Everything {
+        mount_bpffs()?;
+        check_cgroup2()?;
+    }
+    Ok(())
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Compiler {
+    Debian,
+    Nightly,
+}
+
+/// The compiler that `loader/build.rs` will find.
+fn compiler() -> Option<Compiler> {
+    let debian = Path::new("/usr/lib/rustlib/bpfel-unknown-none").is_dir() && Path::new("/usr/bin/rustc").is_file();
+    match std::env::var("SHEAVE_BPF_TOOLCHAIN").as_deref() {
+        Ok("debian") => return debian.then_some(Compiler::Debian),
+        Ok("nightly") => return nightly_with_source().then_some(Compiler::Nightly),
+        _ => {}
+    }
+    if debian { Some(Compiler::Debian) } else { nightly_with_source().then_some(Compiler::Nightly) }
+}
+
+fn nightly_with_source() -> bool {
+    output("rustup", &["run", "nightly", "rustc", "--print", "sysroot"])
+        .is_some_and(|sysroot| Path::new(&sysroot).join("lib/rustlib/src/rust/library/core/src/lib.rs").is_file())
+}
+
+/// Present is not enough: a linker built against an LLVM that has since been removed doesn't start.
+fn linker_runs() -> bool {
+    output("bpf-linker", &["--version"]).is_some()
+}
+
+fn install_compiler(apt: bool) -> Result<Compiler> {
+    if apt && std::env::var("SHEAVE_BPF_TOOLCHAIN").as_deref() != Ok("nightly") && offered(DEBIAN_COMPILER) {
+        say("installing Debian's compiler and its ready-made BPF core library");
+        apt_install(DEBIAN_COMPILER)?;
+        if compiler() == Some(Compiler::Debian) {
+            return Ok(Compiler::Debian);
+        }
+        bail!("{} are installed, but hold no core library for bpfel-unknown-none", DEBIAN_COMPILER.join(" and "));
+    }
+    if find("rustup").is_none() {
+        bail!(
+            "no compiler for BPF programs: this system's packages have none, and rustup is not installed; \
+             get rustup (https://rustup.rs), then run `cargo xtask setup` again"
+        );
+    }
+    say("installing rustup's nightly with rust-src (the stable compiler stays your default)");
+    process::run(Command::new("rustup").args([
+        "toolchain",
+        "install",
+        "nightly",
+        "--profile",
+        "minimal",
+        "--component",
+        "rust-src",
+    ]))
+    .context("rustup could not install the nightly compiler with rust-src")?;
+    if !nightly_with_source() {
+        bail!("rustup's nightly has no rust-src; try `rustup component add rust-src --toolchain nightly`");
+    }
+    Ok(Compiler::Nightly)
+}
+
+fn install_linker(compiler: Compiler, apt: bool) -> Result<()> {
+    match compiler {
+        Compiler::Debian => {
+            if !apt || !offered(&["llvm-22-dev"]) {
+                bail!("bpf-linker needs llvm-22-dev to match Debian's compiler, and apt does not offer it");
+            }
+            say("installing LLVM's libraries, then building bpf-linker with them (about a minute)");
+            apt_install(DEBIAN_LINKER)?;
+            let libraries = output("llvm-config-22", &["--libdir"])
+                .or_else(|| output("/usr/lib/llvm-22/bin/llvm-config", &["--libdir"]))
+                .context("llvm-config-22 did not say where LLVM's libraries are; is llvm-22-dev whole?")?;
+            let mut cargo = process::cargo(&["install", "--locked", "bpf-linker", "--force", "--version"]);
+            cargo.args([LINKER_VERSION, "--no-default-features", "--features", "llvm-22"]);
+            cargo.env("RUSTFLAGS", format!("-L {libraries}")).env("LLVM_PREFIX", "/usr/lib/llvm-22");
+            process::run(&mut cargo)?;
+        }
+        Compiler::Nightly => {
+            // bpf-linker's authors advise against building it from source where LLVM's version is up to chance.
+            if find("cargo-binstall").is_none() {
+                say("installing cargo-binstall, which fetches a ready-made bpf-linker");
+                process::run(&mut process::cargo(&["install", "--locked", "cargo-binstall"]))?;
+            }
+            say("installing bpf-linker");
+            process::run(&mut process::cargo(&["binstall", "--no-confirm", "--force", "bpf-linker"]))
+                .context("see https://github.com/aya-rs/bpf-linker for other ways to install it")?;
+        }
+    }
+    if !linker_runs() {
+        bail!(
+            "bpf-linker was installed but does not run as `bpf-linker`; is cargo's bin folder (usually ~/.cargo/bin) on \
+             $PATH?"
+        );
+    }
+    Ok(())
+}
+
+fn install_tools(tools: &[&Tool], apt: bool) -> Result<()> {
+    if tools.is_empty() {
+        return Ok(());
+    }
+    let packages = |distribution: usize| tools.iter().map(|tool| tool.packages[distribution]).collect::<Vec<_>>();
+    if apt {
+        let mut packages = packages(0);
+        // Ubuntu has bpftool in the packages of its kernel's tools.
+        if packages.contains(&"bpftool") && !offered(&["bpftool"]) {
+            packages.retain(|package| *package != "bpftool");
+            packages.extend(["linux-tools-common", "linux-tools-generic"]);
+        }
+        return apt_install(&packages);
+    }
+    let command = if find("dnf").is_some() {
+        format!("dnf install {}", packages(1).join(" "))
+    } else if find("pacman").is_some() {
+        format!("pacman -S {}", packages(2).join(" "))
+    } else {
+        format!("install the packages that hold {}", packages(0).join(", "))
+    };
+    bail!("the tests and the demo need tools that are missing; as root: {command}")
+}
+
+fn apt_update() -> Result<()> {
+    say_root("apt-get update");
+    apt(&["update", "-q"])
+}
+
+fn apt_install(packages: &[&str]) -> Result<()> {
+    say_root(&format!("apt-get install {}", packages.join(" ")));
+    apt(&[&["install", "-q", "-y", "--no-install-recommends"], packages].concat())
+}
+
+fn apt(arguments: &[&str]) -> Result<()> {
+    // `env` because sudo keeps only the environment that its policy lets through.
+    process::run(
+        process::root("env")
+            .args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-o", "Acquire::Retries=3"])
+            .args(arguments)
+            .stdin(Stdio::null()),
+    )
+}
+
+/// Whether apt can install every one of these.
+fn offered(packages: &[&str]) -> bool {
+    packages.iter().all(|package| {
+        output("apt-cache", &["policy", package])
+            .is_some_and(|policy| policy.contains("Candidate:") && !policy.contains("Candidate: (none)"))
+    })
+}
+
+fn mount_bpffs() -> Result<()> {
+    let mounted = mounts()?.lines().any(|line| {
+        let mut fields = line.split(' ').skip(1);
+        fields.next() == Some(BPFFS) && fields.next() == Some("bpf")
+    });
+    if !mounted {
+        say(&format!("mounting the BPF file system at {BPFFS}, where maps and programs are pinned"));
+        process::run(process::root("mount").args(["-t", "bpf", "bpf", BPFFS]))?;
+    }
+    Ok(())
+}
+
+fn check_cgroup2() -> Result<()> {
+    if mounts()?.lines().any(|line| line.split(' ').nth(2) == Some("cgroup2")) {
+        return Ok(());
+    }
+    bail!("cgroup v2 is not mounted, and the tests balance processes of a cgroup; mount it: mount -t cgroup2 none /mnt")
+}
+
+fn mounts() -> Result<String> {
+    std::fs::read_to_string("/proc/mounts").context("cannot read /proc/mounts")
+}
+
+fn say_root(command: &str) {
+    if process::is_root() {
+        say(command);
+    } else {
+        say(&format!("sudo {command}"));
+    }
+}
+
+fn say(line: &str) {
+    eprintln!("setup: {line}");
+}
