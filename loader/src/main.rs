@@ -1,2 +1,57 @@
-//! main
-fn main() {}
+//! The `sheave` binary: parses the command line, starts logging, and calls what was asked for.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use sheave::cli::{Cli, Command, RunArgs, logging};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tracing::{error, info};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Err(error) = logging::start(&cli.log) {
+        eprintln!("sheave: {error}");
+        return ExitCode::FAILURE;
+    }
+    match (&cli.command, command(&cli.command)) {
+        (_, Ok(())) => ExitCode::SUCCESS,
+        (Command::Run(_), Err(error)) => {
+            error!("{error:#}");
+            ExitCode::FAILURE
+        }
+        (_, Err(error)) => {
+            eprintln!("sheave: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn command(command: &Command) -> anyhow::Result<()> {
+    match command {
+        Command::Run(args) => run(args),
+        Command::Version => {
+            println!("sheave {} (map layout {})", env!("CARGO_PKG_VERSION"), sheave_common::LAYOUT_VERSION);
+            Ok(())
+        }
+    }
+}
+
+#[tokio::main]
+async fn run(args: &RunArgs) -> anyhow::Result<()> {
+    let config = args.config()?;
+    let mut terminated = signal(SignalKind::terminate())?;
+    let mut interrupted = signal(SignalKind::interrupt())?;
+    info!(version = env!("CARGO_PKG_VERSION"), node = config.node_name, pins = %config.pin_path.display(), "starting");
+    let (events, mut received) = mpsc::channel(64);
+    let (_node_addresses, node_addresses) = watch::channel(Vec::new());
+    let interfaces = sheave::interfaces::run(config.interfaces, node_addresses, events);
+    let consumed = async { while received.recv().await.is_some() {} };
+    tokio::select! {
+        result = interfaces => result?,
+        () = consumed => {}
+        _ = terminated.recv() => info!("SIGTERM: stopping; the dataplane stays in place"),
+        _ = interrupted.recv() => info!("SIGINT: stopping; the dataplane stays in place"),
+    }
+    Ok(())
+}

@@ -1,7 +1,17 @@
 //! The machine's interfaces as Sheave sees them: found and followed by rtnetlink, in the network namespace of the
 //! process. Never by /sys/class/net, which may show another namespace's.
+//!
+//! [`discover`] decides what an interface is, [`state`] keeps what netlink told, [`watch`] listens. Who consumes the
+//! events attaches programs and sweeps flows; this module touches nothing.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+pub mod discover;
+mod message;
+pub mod state;
+pub mod watch;
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+pub use watch::{InterfaceError, run};
 
 /// What an interface is to Sheave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -43,6 +53,9 @@ pub enum Event {
         /// ifindex.
         index: u32,
     },
+    /// All the addresses that this node answers to, sorted, of both families: unicast, not loopback and not
+    /// link-local. Sent before the first [`Self::Synced`] and whenever the list changes.
+    Addresses(Vec<IpAddr>),
     /// The first listing is complete: every interface that existed at the start has been reported.
     Synced,
 }

@@ -1,0 +1,74 @@
+//! Parsers of flag values. Each error says what to write instead; clap puts the flag's name in front.
+
+use std::net::IpAddr;
+
+use crate::config::{ConnectMode, NodePortAddresses, XdpMode};
+
+pub(super) fn connect(text: &str) -> Result<ConnectMode, String> {
+    match text {
+        "host" => Ok(ConnectMode::Host),
+        "tcp" => Ok(ConnectMode::Tcp),
+        "all" => Ok(ConnectMode::All),
+        "off" => Ok(ConnectMode::Off),
+        _ => Err("write host (processes of this node), tcp (and pods' TCP), all, or off".to_owned()),
+    }
+}
+
+pub(super) fn xdp(text: &str) -> Result<XdpMode, String> {
+    match text {
+        "auto" => Ok(XdpMode::Auto),
+        "native" => Ok(XdpMode::Native),
+        "generic" => Ok(XdpMode::Generic),
+        "off" => Ok(XdpMode::Off),
+        _ => Err("write auto (native where the driver has it), native, generic, or off".to_owned()),
+    }
+}
+
+pub(super) fn nodeport_addresses(text: &str) -> Result<NodePortAddresses, String> {
+    match text {
+        "primary" => Ok(NodePortAddresses::Primary),
+        "all" => Ok(NodePortAddresses::All),
+        networks => networks.split(',').map(network).collect::<Result<_, _>>().map(NodePortAddresses::Networks),
+    }
+}
+
+fn network(text: &str) -> Result<(IpAddr, u8), String> {
+    let remedy = || format!("`{text}` is no network: write primary, all, or networks like 192.168.0.0/16,fd00::/8");
+    let (address, length) = text.trim().split_once('/').ok_or_else(remedy)?;
+    let address: IpAddr = address.parse().map_err(|_| remedy())?;
+    let length: u8 = length.parse().map_err(|_| remedy())?;
+    let longest = if address.is_ipv4() { 32 } else { 128 };
+    if length > longest { Err(remedy()) } else { Ok((address, length)) }
+}
+
+pub(super) fn ports(text: &str) -> Result<(u16, u16), String> {
+    let remedy = || "write two ports, FIRST-LAST, both from 1024 to 65535, like 61000-65535".to_owned();
+    let (first, last) = text.split_once('-').ok_or_else(remedy)?;
+    let (first, last): (u16, u16) =
+        (first.trim().parse().map_err(|_| remedy())?, last.trim().parse().map_err(|_| remedy())?);
+    if first < 1024 || last < first { Err(remedy()) } else { Ok((first, last)) }
+}
+
+/// Whole seconds, or a number with s, m, h or d.
+pub(super) fn seconds(text: &str) -> Result<u32, String> {
+    let remedy = || "write a time of at least one second, like 90, 90s, 5m, 24h or 2d".to_owned();
+    let (number, unit) = match text.find(|c: char| !c.is_ascii_digit()) {
+        Some(at) => text.split_at(at),
+        None => (text, "s"),
+    };
+    let factor = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3_600,
+        "d" => 86_400,
+        _ => return Err(remedy()),
+    };
+    let number: u32 = number.parse().map_err(|_| remedy())?;
+    number.checked_mul(factor).filter(|seconds| *seconds > 0).ok_or_else(remedy)
+}
+
+/// A name pattern of interfaces.
+pub(super) fn pattern(text: &str) -> Result<String, String> {
+    let valid = !text.is_empty() && !text.contains(['/', ' ', ':']);
+    if valid { Ok(text.to_owned()) } else { Err("write an interface name, or a pattern like cali*".to_owned()) }
+}
