@@ -9,3 +9,4 @@ pub mod cli;
 pub mod config;
 pub mod interfaces;
 pub mod model;
+pub mod source;

@@ -1,0 +1,190 @@
+//! Kubernetes objects, trimmed to the fields that decide something here, with addresses and ports already parsed.
+//!
+//! A field that could not be read is left out and named in `problems`; the rest of the object counts.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use super::desired::{Protocol, ServiceKey};
+
+/// A field of an object that had to be skipped.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Problem {
+    /// Path of the field, such as `spec.ports[1].nodePort`.
+    pub field: String,
+    /// What is wrong with it, value included.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.field, self.message)
+    }
+}
+
+/// An address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// The family of an address.
+    #[must_use]
+    pub const fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+}
+
+/// spec.type of a Service.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ServiceType {
+    /// A ClusterIP only.
+    #[default]
+    ClusterIp,
+    /// And nodePorts.
+    NodePort,
+    /// And load-balancer addresses.
+    LoadBalancer,
+    /// A DNS alias: never balanced.
+    ExternalName,
+}
+
+/// A Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Namespace and name.
+    pub key: ServiceKey,
+    /// metadata.creationTimestamp in seconds since the epoch. Who is older keeps a contested frontend.
+    pub created: Option<i64>,
+    /// spec.type
+    pub service_type: ServiceType,
+    /// Carries the label `service.kubernetes.io/service-proxy-name`: another proxy's.
+    pub foreign: bool,
+    /// spec.clusterIPs; empty for a headless Service.
+    pub cluster_ips: Vec<IpAddr>,
+    /// spec.externalIPs
+    pub external_ips: Vec<IpAddr>,
+    /// status.loadBalancer.ingress[].ip of those whose ipMode is absent or VIP.
+    pub load_balancer_ips: Vec<IpAddr>,
+    /// spec.ports
+    pub ports: Vec<Port>,
+    /// spec.internalTrafficPolicy is Local.
+    pub internal_local: bool,
+    /// spec.externalTrafficPolicy is Local.
+    pub external_local: bool,
+    /// Session affinity time-out in seconds, 0 for none.
+    pub affinity_seconds: u32,
+    /// What could not be read.
+    pub problems: Vec<Problem>,
+}
+
+impl Service {
+    /// Whether this is a Service that Sheave balances; the others are skipped without a complaint.
+    #[must_use]
+    pub fn is_balanced(&self) -> bool {
+        !self.foreign && self.service_type != ServiceType::ExternalName && !self.cluster_ips.is_empty()
+    }
+
+    /// Whether it has a ClusterIP of a family. Without one it has no frontends and no endpoints of that family.
+    #[must_use]
+    pub fn has_family(&self, family: Family) -> bool {
+        self.cluster_ips.iter().any(|address| Family::of(*address) == family)
+    }
+}
+
+/// One of spec.ports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// Its name, empty if it has none.
+    pub name: String,
+    /// Its protocol.
+    pub protocol: Protocol,
+    /// Port of the ClusterIP, machine order.
+    pub port: u16,
+    /// nodePort, machine order.
+    pub node_port: Option<u16>,
+}
+
+/// Identity of an EndpointSlice.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SliceKey {
+    /// metadata.namespace
+    pub namespace: String,
+    /// metadata.name
+    pub name: String,
+}
+
+impl fmt::Display for SliceKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// An EndpointSlice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointSlice {
+    /// Namespace and name.
+    pub key: SliceKey,
+    /// The Service it belongs to, by the label `kubernetes.io/service-name`.
+    pub service: Option<ServiceKey>,
+    /// Carries the label `service.kubernetes.io/headless` or `service.kubernetes.io/service-proxy-name`.
+    pub ignored: bool,
+    /// addressType; `None` for FQDN, which is never balanced.
+    pub family: Option<Family>,
+    /// Ports that have a name (which may be empty) and a number.
+    pub ports: Vec<SlicePort>,
+    /// Endpoints of which the first address is one of the slice's family.
+    pub endpoints: Vec<SliceEndpoint>,
+    /// What could not be read.
+    pub problems: Vec<Problem>,
+}
+
+/// One of an EndpointSlice's ports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlicePort {
+    /// Name of the Service's port that it stands for.
+    pub name: String,
+    /// Its protocol.
+    pub protocol: Protocol,
+    /// Port of the endpoints, machine order.
+    pub port: u16,
+}
+
+/// One of an EndpointSlice's endpoints.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SliceEndpoint {
+    /// addresses[0]
+    pub address: IpAddr,
+    /// Name of the node that it runs on.
+    pub node_name: Option<String>,
+    /// conditions.ready, absent ⇒ true.
+    pub ready: bool,
+    /// conditions.serving, absent ⇒ ready.
+    pub serving: bool,
+    /// conditions.terminating, absent ⇒ false.
+    pub terminating: bool,
+    /// hints.forNodes
+    pub for_nodes: Vec<String>,
+    /// hints.forZones
+    pub for_zones: Vec<String>,
+}
+
+/// A Node. Only this node's is ever used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// metadata.name
+    pub name: String,
+    /// The label `topology.kubernetes.io/zone`.
+    pub zone: Option<String>,
+    /// status.addresses of type InternalIP, in their order.
+    pub internal_ips: Vec<IpAddr>,
+    /// What could not be read.
+    pub problems: Vec<Problem>,
+}
