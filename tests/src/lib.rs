@@ -1,1 +1,17 @@
-//! tests
+//! What Sheave's tests and the demo stand on: small clusters made of network namespaces, servers and clients in them, a
+//! running `sheave` on a node, and the manifests that it reads.
+//!
+//! Nothing here touches the machine's own interfaces or its root cgroup, and everything made is removed when its value
+//! is dropped, after a panic too. What a killed run leaves (pins, cgroups, folders) carries its process id, and the next
+//! run removes it ([`leftovers`]); namespaces and child processes end with the process that made them.
+
+pub mod agent;
+pub mod cgroup;
+pub mod client;
+pub mod leftovers;
+pub mod manifests;
+pub mod netns;
+pub mod process;
+pub mod server;
+pub mod topology;
+pub mod wire;

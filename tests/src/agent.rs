@@ -1,0 +1,165 @@
+//! A `sheave` that runs on a node of the test's cluster.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::cgroup::Cgroup;
+use crate::leftovers::unique_name;
+use crate::manifests::Manifests;
+use crate::netns::Namespace;
+use crate::process::{Process, built, eventually};
+use crate::topology::Node;
+
+/// Long enough for a debug build on a busy machine to load its programs.
+const START: Duration = Duration::from_secs(30);
+
+/// What an agent holds beside its process: pins and a cgroup of its own. Survives kill and restart; removed on drop.
+#[derive(Debug)]
+pub struct Agent {
+    namespace: Namespace,
+    node_name: String,
+    manifests: PathBuf,
+    pins: PathBuf,
+    cgroup: Cgroup,
+    arguments: Vec<String>,
+    process: Option<Process>,
+}
+
+impl Agent {
+    /// Starts `sheave run` on a node with a folder of manifests and, if wanted, more arguments, and waits until it serves.
+    ///
+    /// # Errors
+    /// If it ends or isn't ready in time; with its log.
+    pub fn start(node: &Node, manifests: &Manifests, arguments: &[&str]) -> Result<Self> {
+        let mut agent = Self {
+            namespace: node.namespace.clone(),
+            node_name: node.name.clone(),
+            manifests: manifests.path().to_owned(),
+            pins: Path::new("/sys/fs/bpf").join(unique_name()),
+            cgroup: Cgroup::new()?,
+            arguments: arguments.iter().map(ToString::to_string).collect(),
+            process: None,
+        };
+        agent.restart()?;
+        Ok(agent)
+    }
+
+    /// Starts it (again) with the pins that are there, and waits until it serves.
+    ///
+    /// # Errors
+    /// If it ends or isn't ready in time; with its log.
+    pub fn restart(&mut self) -> Result<()> {
+        self.process = None;
+        let mut command = self.namespace.command(built("sheave")?);
+        command.arg("run").arg("--manifests").arg(&self.manifests).arg("--node-name").arg(&self.node_name);
+        command.arg("--pin-path").arg(&self.pins).arg("--cgroup").arg(self.cgroup.path());
+        command.args(["--log-format", "text"]);
+        if !self.arguments.iter().any(|argument| argument == "--xdp") {
+            command.args(["--xdp", "off"]);
+        }
+        command.args(&self.arguments).env("RUST_BACKTRACE", "1").env("NO_COLOR", "1");
+        let mut process = Process::start(&format!("sheave on {}", self.node_name), &mut command)?;
+        process.wait_for(READY, START)?;
+        self.process = Some(process);
+        Ok(())
+    }
+
+    /// Ends it as `kill -9` does. Programs and maps stay.
+    pub fn kill(&mut self) {
+        self.process = None;
+    }
+
+    /// Its log so far; empty if it isn't running.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.process.as_ref().map(Process::log).unwrap_or_default()
+    }
+
+    /// The running process.
+    pub fn process(&mut self) -> Option<&mut Process> {
+        self.process.as_mut()
+    }
+
+    /// The directory of its pins.
+    #[must_use]
+    pub fn pins(&self) -> &Path {
+        &self.pins
+    }
+
+    /// A command that runs in the node's network namespace and in the agent's cgroup, as a host process.
+    #[must_use]
+    pub fn host_command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = self.namespace.command(program);
+        self.cgroup.adopt(&mut command);
+        command
+    }
+
+    /// A command in another namespace and in the agent's cgroup, as a pod's process.
+    #[must_use]
+    pub fn bystander_command(&self, namespace: &Namespace, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = namespace.command(program);
+        self.cgroup.adopt(&mut command);
+        command
+    }
+
+    /// What one of the views (`services`, `backends`, `conntrack`, `affinity`) prints.
+    ///
+    /// # Errors
+    /// If it fails; with what it said.
+    pub fn view(&self, view: &str, arguments: &[&str]) -> Result<String> {
+        let mut command = self.namespace.command(built("sheave")?);
+        command.arg(view).arg("--pin-path").arg(&self.pins).args(arguments);
+        let output = command.output().with_context(|| format!("cannot run sheave {view}"))?;
+        ensure!(output.status.success(), "sheave {view}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// `sheave services -o json`.
+    ///
+    /// # Errors
+    /// If it fails or isn't JSON.
+    pub fn services(&self) -> Result<serde_json::Value> {
+        let text = self.view("services", &["-o", "json"])?;
+        serde_json::from_str(&text).with_context(|| format!("not JSON: {text}"))
+    }
+
+    /// Waits until `sheave services` shows something.
+    ///
+    /// # Errors
+    /// If it doesn't in a few seconds; with what it shows instead.
+    pub fn wait_for_services(&self, what: &str, shown: impl Fn(&serde_json::Value) -> bool) -> Result<()> {
+        let waited = eventually(Duration::from_secs(5), || {
+            let services = self.services()?;
+            ensure!(shown(&services), "sheave services does not show {what}: {services:#}");
+            Ok(())
+        });
+        waited.with_context(|| format!("log of sheave:\n{}", self.log()))
+    }
+
+    /// Runs `sheave cleanup`.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn clean_up(&self) -> Result<String> {
+        let mut command = self.namespace.command(built("sheave")?);
+        command.arg("cleanup").arg("--pin-path").arg(&self.pins);
+        Process::start("sheave cleanup", &mut command)?.finish(Duration::from_secs(10))
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.process = None;
+        if let Err(error) = std::fs::remove_dir_all(&self.pins)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            eprintln!("cannot remove the pins in {}: {error}", self.pins.display());
+        }
+    }
+}
+
+/// What `sheave run` logs once every source has synced and the maps hold what they say.
+const READY: &str = "ready";

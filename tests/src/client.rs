@@ -1,0 +1,366 @@
+//! Clients: they connect, ask who answered, and count. The functions run in the calling thread's network namespace.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket};
+use std::os::fd::{FromRawFd as _, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+/// How long a connection or an answer may take. Long enough for one lost SYN.
+pub const LIMIT: Duration = Duration::from_secs(5);
+
+/// Who answered, as a server of [`crate::server`] says it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The pod's name.
+    pub backend: String,
+    /// The client's address and port as the pod sees them.
+    pub seen: SocketAddr,
+}
+
+/// Many answers, counted.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Answers {
+    /// Answers of each backend.
+    pub by_backend: BTreeMap<String, usize>,
+    /// The client addresses that backends saw.
+    pub seen: BTreeSet<IpAddr>,
+    /// What went wrong, at most a few of each run.
+    pub errors: Vec<String>,
+    /// How often something went wrong.
+    pub failed: usize,
+}
+
+impl Answer {
+    fn parse(line: &str) -> Result<Self> {
+        let mut words = line.split_whitespace();
+        let (backend, seen) = words.next().zip(words.next()).with_context(|| format!("a strange answer: {line:?}"))?;
+        Ok(Self { backend: backend.into(), seen: seen.parse().with_context(|| format!("a strange answer: {line:?}"))? })
+    }
+}
+
+impl Answers {
+    /// Counts one.
+    pub fn add(&mut self, answer: Result<Answer>) {
+        match answer {
+            Ok(answer) => {
+                *self.by_backend.entry(answer.backend).or_default() += 1;
+                self.seen.insert(answer.seen.ip());
+            }
+            Err(error) => {
+                self.failed += 1;
+                if self.errors.len() < 5 {
+                    self.errors.push(format!("{error:#}"));
+                }
+            }
+        }
+    }
+
+    /// Adds another count to this one.
+    pub fn merge(&mut self, other: Self) {
+        for (backend, count) in other.by_backend {
+            *self.by_backend.entry(backend).or_default() += count;
+        }
+        self.seen.extend(other.seen);
+        self.failed += other.failed;
+        self.errors.extend(other.errors);
+        self.errors.truncate(5);
+    }
+
+    /// Answers of all backends together.
+    #[must_use]
+    pub fn total(&self) -> usize {
+        self.by_backend.values().sum()
+    }
+
+    /// Fails if a single one failed.
+    ///
+    /// # Errors
+    /// With the first few errors.
+    pub fn all_answered(&self) -> Result<()> {
+        ensure!(self.failed == 0, "{} of {} failed: {:#?}", self.failed, self.failed + self.total(), self.errors);
+        Ok(())
+    }
+
+    /// Fails unless exactly `backends` backends answered, each within `tolerance` (0.05 is 5 %) of an even share.
+    ///
+    /// # Errors
+    /// With the counts.
+    pub fn evenly_spread(&self, backends: usize, tolerance: f64) -> Result<()> {
+        ensure!(self.by_backend.len() == backends, "not {backends} backends answered: {:?}", self.by_backend);
+        #[expect(clippy::cast_precision_loss, reason = "counts of connections are far below 2^52")]
+        let even = self.total() as f64 / backends as f64;
+        #[expect(clippy::cast_precision_loss, reason = "counts of connections are far below 2^52")]
+        let uneven = self.by_backend.values().any(|count| (*count as f64 - even).abs() > even * tolerance);
+        ensure!(!uneven, "not within {} % of even: {:?}", tolerance * 100.0, self.by_backend);
+        Ok(())
+    }
+}
+
+/// Connects, reads who answers until the server closes.
+///
+/// # Errors
+/// If it isn't connected and answered in time.
+pub fn who(target: SocketAddr) -> Result<Answer> {
+    let mut connection =
+        TcpStream::connect_timeout(&target, LIMIT).with_context(|| format!("connecting to {target}"))?;
+    connection.set_read_timeout(Some(LIMIT))?;
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).with_context(|| {
+        let port = connection.local_addr().map_or(0, |own| own.port());
+        format!("waiting for the answer of {target} at port {port}")
+    })?;
+    Answer::parse(&answer)
+}
+
+/// The same from a given source address and port.
+///
+/// # Errors
+/// If it isn't connected and answered, or the port is taken.
+pub fn who_from(source: SocketAddrV4, target: SocketAddrV4) -> Result<Answer> {
+    let mut connection = connect_from(source, target)?;
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).with_context(|| format!("waiting for the answer of {target}"))?;
+    Answer::parse(&answer)
+}
+
+/// Reads an answer that a server has sent.
+///
+/// # Errors
+/// If it isn't one.
+pub fn parse_answer(answer: &[u8]) -> Result<Answer> {
+    Answer::parse(&String::from_utf8_lossy(answer))
+}
+
+/// Asks `count` times, `parallel` at once.
+#[must_use]
+pub fn who_many(
+    namespace: Option<&crate::netns::Namespace>,
+    target: SocketAddr,
+    count: usize,
+    parallel: usize,
+) -> Answers {
+    let left = AtomicUsize::new(count);
+    let take = || left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok();
+    in_parallel(namespace, parallel, &|| {
+        let mut answers = Answers::default();
+        while take() {
+            answers.add(who(target));
+        }
+        answers
+    })
+}
+
+/// Asks again and again until told to stop.
+#[must_use]
+pub fn who_until(
+    namespace: Option<&crate::netns::Namespace>,
+    target: SocketAddr,
+    stop: &AtomicBool,
+    parallel: usize,
+) -> Answers {
+    in_parallel(namespace, parallel, &|| {
+        let mut answers = Answers::default();
+        while !stop.load(Ordering::Relaxed) {
+            answers.add(who(target));
+        }
+        answers
+    })
+}
+
+fn in_parallel(
+    namespace: Option<&crate::netns::Namespace>,
+    parallel: usize,
+    work: &(dyn Fn() -> Answers + Sync),
+) -> Answers {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..parallel)
+            .map(|_| {
+                scope.spawn(|| {
+                    if let Some(namespace) = namespace {
+                        namespace.enter();
+                    }
+                    work()
+                })
+            })
+            .collect();
+        let mut all = Answers::default();
+        for thread in threads {
+            match thread.join() {
+                Ok(answers) => all.merge(answers),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        all
+    })
+}
+
+/// A connection to an echo server that stays open.
+#[derive(Debug)]
+pub struct Conversation {
+    connection: TcpStream,
+    /// Who is at the other end.
+    pub answer: Answer,
+}
+
+impl Conversation {
+    /// Connects and reads who answers.
+    ///
+    /// # Errors
+    /// If it isn't connected and answered in time.
+    pub fn open(target: SocketAddr) -> Result<Self> {
+        let connection =
+            TcpStream::connect_timeout(&target, LIMIT).with_context(|| format!("connecting to {target}"))?;
+        Self::over(connection)
+    }
+
+    /// The same from a given source address and port.
+    ///
+    /// # Errors
+    /// If it isn't connected and answered in time.
+    pub fn open_from(source: SocketAddrV4, target: SocketAddrV4) -> Result<Self> {
+        Self::over(connect_from(source, target)?)
+    }
+
+    fn over(mut connection: TcpStream) -> Result<Self> {
+        connection.set_read_timeout(Some(LIMIT))?;
+        connection.set_write_timeout(Some(LIMIT))?;
+        let mut line = Vec::new();
+        let mut byte = [0];
+        while byte != *b"\n" {
+            connection.read_exact(&mut byte).context("waiting for the greeting")?;
+            line.extend(byte);
+        }
+        let answer = Answer::parse(&String::from_utf8_lossy(&line))?;
+        Ok(Self { connection, answer })
+    }
+
+    /// Sends something and waits until it has come back.
+    ///
+    /// # Errors
+    /// If it doesn't come back whole and in time.
+    pub fn say(&mut self, words: &[u8]) -> Result<()> {
+        self.connection.write_all(words).context("sending")?;
+        let mut back = vec![0; words.len()];
+        self.connection.read_exact(&mut back).context("waiting for the echo")?;
+        ensure!(back == words, "the echo differs from what was said");
+        Ok(())
+    }
+
+    /// Sends many bytes and reads them back at the same time.
+    ///
+    /// # Errors
+    /// If they don't come back whole, or stand still for [`LIMIT`].
+    pub fn transfer(&mut self, length: usize) -> Result<()> {
+        let pattern: Vec<u8> = (0..length).map(|index| (index % 251) as u8).collect();
+        let mut writer = self.connection.try_clone()?;
+        std::thread::scope(|scope| {
+            let sent = scope.spawn(|| writer.write_all(&pattern));
+            let mut back = vec![0; length];
+            let read = self.connection.read_exact(&mut back).context("reading the transfer back");
+            if read.is_err() {
+                let _ = self.connection.shutdown(std::net::Shutdown::Both);
+            }
+            sent.join().map_err(|_| anyhow::anyhow!("the sender panicked"))?.context("sending the transfer")?;
+            read?;
+            ensure!(back == pattern, "the transfer came back changed");
+            Ok(())
+        })
+    }
+}
+
+/// Sends one datagram and waits for the answer.
+///
+/// # Errors
+/// If none comes in time, from the address that was asked, with the payload that was sent.
+pub fn ask_udp(target: SocketAddr, payload: &str) -> Result<Answer> {
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    socket.connect(target)?;
+    ask_udp_with(&socket, payload)
+}
+
+/// The same with a socket that is connected already.
+///
+/// # Errors
+/// If no answer comes in time, or not the payload that was sent.
+pub fn ask_udp_with(socket: &UdpSocket, payload: &str) -> Result<Answer> {
+    socket.set_read_timeout(Some(LIMIT))?;
+    socket.send(payload.as_bytes()).context("sending a datagram")?;
+    let mut buffer = vec![0; 65_536];
+    let length = socket.recv(&mut buffer).context("waiting for a datagram")?;
+    let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+    if !text.ends_with(payload) {
+        bail!("the payload came back changed: {text:?}");
+    }
+    Answer::parse(&text)
+}
+
+/// A UDP socket that sends checksum 0, as IPv4 allows.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn udp_without_checksum() -> Result<UdpSocket> {
+    use std::os::fd::AsRawFd as _;
+    /// Of linux/socket.h.
+    const SO_NO_CHECK: i32 = 11;
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    let one: libc::c_int = 1;
+    // SAFETY: the option's value is a C int that outlives the call.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NO_CHECK,
+            (&raw const one).cast(),
+            size_of_val(&one) as u32,
+        )
+    };
+    ensure!(set == 0, "SO_NO_CHECK: {}", io::Error::last_os_error());
+    Ok(socket)
+}
+
+/// Connects from a given source address and port; the time limit is for connecting and for each read.
+fn connect_from(source: SocketAddrV4, target: SocketAddrV4) -> Result<TcpStream> {
+    use std::os::fd::AsRawFd as _;
+    // SAFETY: socket takes no pointers, and the new descriptor is owned here and nowhere else.
+    let socket = unsafe {
+        let descriptor = libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
+        ensure!(descriptor >= 0, "socket: {}", io::Error::last_os_error());
+        OwnedFd::from_raw_fd(descriptor)
+    };
+    let connection = TcpStream::from(socket);
+    connection.set_write_timeout(Some(LIMIT))?;
+    connection.set_read_timeout(Some(LIMIT))?;
+    let one: libc::c_int = 1;
+    let (own, other) = (to_c(source), to_c(target));
+    // SAFETY: the option's value and both addresses are of the sizes given and outlive the calls.
+    unsafe {
+        let descriptor = connection.as_raw_fd();
+        let reuse = (&raw const one).cast();
+        libc::setsockopt(descriptor, libc::SOL_SOCKET, libc::SO_REUSEADDR, reuse, size_of_val(&one) as u32);
+        let bound = libc::bind(descriptor, (&raw const own).cast(), size_of_val(&own) as u32);
+        ensure!(bound == 0, "binding {source}: {}", io::Error::last_os_error());
+        let connected = libc::connect(descriptor, (&raw const other).cast(), size_of_val(&other) as u32);
+        ensure!(connected == 0, "connecting {source} to {target}: {}", io::Error::last_os_error());
+    }
+    Ok(connection)
+}
+
+fn to_c(address: SocketAddrV4) -> libc::sockaddr_in {
+    libc::sockaddr_in {
+        sin_family: libc::AF_INET as libc::sa_family_t,
+        sin_port: address.port().to_be(),
+        sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(address.ip().octets()) },
+        sin_zero: [0; 8],
+    }
+}
+
+/// Shorthand for a socket address.
+#[must_use]
+pub fn at(address: Ipv4Addr, port: u16) -> SocketAddr {
+    SocketAddr::new(address.into(), port)
+}

@@ -1,0 +1,274 @@
+//! A small cluster made of network namespaces.
+//!
+//! ```text
+//!   client ──┐                       192.168.50.100
+//!            lan (a switch; 192.168.50.254 is everyone's default gateway)
+//!   node-1 ──┤                       192.168.50.1, pods 10.244.1.0/24
+//!   node-2 ──┘                       192.168.50.2, pods 10.244.2.0/24
+//! ```
+//!
+//! Pods hang on a bridge (as with flannel or the bridge plugin) or on one routed veth each (as with Calico); the nodes
+//! reach each other's pods by plain routes or through VXLAN as flannel builds it.
+
+use std::net::Ipv4Addr;
+
+use anyhow::Result;
+
+use crate::netns::Namespace;
+use crate::wire::{self, XdpPass};
+
+/// How pods are connected to their node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PodNetwork {
+    /// All pods of a node on the bridge `cni0`.
+    Bridged,
+    /// A veth and a /32 route each; the gateway is 169.254.1.1, answered by proxy ARP.
+    Routed,
+}
+
+/// How a node reaches the other's pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeNetwork {
+    /// By a route over the uplink.
+    Plain,
+    /// Through the VXLAN device `flannel.1`.
+    Vxlan,
+}
+
+/// What a cluster looks like.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// How pods are connected.
+    pub pods: PodNetwork,
+    /// How nodes are connected.
+    pub nodes: NodeNetwork,
+    /// Pods on node 1 and on node 2.
+    pub pod_counts: [u8; 2],
+    /// The uplinks are fit for native XDP (see [`wire`]); otherwise they keep all their offloads.
+    pub xdp: bool,
+}
+
+impl Default for Shape {
+    /// Bridged pods, plain routes, four pods and then one on the second node.
+    fn default() -> Self {
+        Self { pods: PodNetwork::Bridged, nodes: NodeNetwork::Plain, pod_counts: [4, 1], xdp: false }
+    }
+}
+
+/// A cluster of two nodes, and a client outside.
+#[derive(Debug)]
+pub struct Cluster {
+    /// The switch between the nodes.
+    pub lan: Namespace,
+    /// The client, at [`CLIENT`].
+    pub client: Namespace,
+    /// `node-1` and `node-2`.
+    pub nodes: Vec<Node>,
+    _wires: Vec<XdpPass>,
+}
+
+/// A node.
+#[derive(Debug)]
+pub struct Node {
+    /// `node-1`
+    pub name: String,
+    /// Its network namespace.
+    pub namespace: Namespace,
+    /// Its address on the LAN.
+    pub address: Ipv4Addr,
+    /// Its pods.
+    pub pods: Vec<Pod>,
+    number: u8,
+    shape: Shape,
+}
+
+/// A pod.
+#[derive(Debug)]
+pub struct Pod {
+    /// `pod-1-2`: the second pod of the first node.
+    pub name: String,
+    /// Its network namespace.
+    pub namespace: Namespace,
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// The node that it is on.
+    pub node: String,
+    /// Host side of its veth, in the node's namespace.
+    pub host_link: String,
+}
+
+/// The client's address.
+pub const CLIENT: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 100);
+/// Where the tests' ClusterIPs come from; the client has a route to them through node 1.
+pub const SERVICE_NETWORK: &str = "10.96.0.0/16";
+
+impl Cluster {
+    /// Builds one.
+    ///
+    /// # Errors
+    /// Whatever `ip` complains of.
+    pub fn build(shape: Shape) -> Result<Self> {
+        let lan = Namespace::new("lan")?;
+        lan.ip(&["link add switch type bridge", "address add 192.168.50.254/24 dev switch", "link set switch up"])?;
+        let client = Namespace::new("client")?;
+        connect(&lan, "client", &client)?;
+        client.ip(&[
+            format!("address add {CLIENT}/24 dev eth0"),
+            format!("route add {SERVICE_NETWORK} via 192.168.50.1"),
+        ])?;
+        client.sysctl("ipv4/ip_local_port_range", "1024 65535")?;
+        let mut nodes = Vec::new();
+        for number in [1, 2] {
+            nodes.push(Node::build(&lan, number, shape)?);
+        }
+        let mut wires = Vec::new();
+        if shape.xdp {
+            for (namespace, port) in
+                [(&client, "client"), (&nodes[0].namespace, "node-1"), (&nodes[1].namespace, "node-2")]
+            {
+                wire::disable_checksum_offload(namespace, "eth0")?;
+                wire::disable_checksum_offload(&lan, port)?;
+                wires.push(XdpPass::attach(&lan, port)?);
+            }
+        }
+        Ok(Self { lan, client, nodes, _wires: wires })
+    }
+
+    /// Every namespace.
+    pub fn namespaces(&self) -> impl Iterator<Item = &Namespace> {
+        let nodes = self.nodes.iter();
+        let nodes =
+            nodes.flat_map(|node| std::iter::once(&node.namespace).chain(node.pods.iter().map(|pod| &pod.namespace)));
+        [&self.lan, &self.client].into_iter().chain(nodes)
+    }
+
+    /// Packets with a wrong checksum that any namespace has received.
+    ///
+    /// # Errors
+    /// If a counter can't be read.
+    pub fn checksum_errors(&self) -> Result<u64> {
+        self.namespaces().map(Namespace::checksum_errors).sum()
+    }
+}
+
+/// A veth from the switch's port to the other namespace's `eth0`.
+fn connect(lan: &Namespace, port: &str, to: &Namespace) -> Result<()> {
+    lan.ip(&[
+        format!("link add {port} type veth peer name eth0 netns {}", to.path()),
+        format!("link set {port} master switch up"),
+    ])?;
+    to.ip(&["link set eth0 up"])
+}
+
+impl Node {
+    fn build(lan: &Namespace, number: u8, shape: Shape) -> Result<Self> {
+        let name = format!("node-{number}");
+        let namespace = Namespace::new(&name)?;
+        connect(lan, &name, &namespace)?;
+        let other = 3 - number;
+        namespace.ip(&[
+            format!("address add 192.168.50.{number}/24 dev eth0"),
+            "route add default via 192.168.50.254".into(),
+        ])?;
+        namespace.sysctl("ipv4/ip_forward", "1")?;
+        match shape.nodes {
+            NodeNetwork::Plain => {
+                namespace.ip(&[format!("route add 10.244.{other}.0/24 via 192.168.50.{other}")])?;
+            }
+            NodeNetwork::Vxlan => {
+                namespace.ip(&[
+                    format!(
+                        "link add flannel.1 type vxlan id 1 dev eth0 local 192.168.50.{number} dstport 8472 nolearning"
+                    ),
+                    format!("link set flannel.1 address {}", vxlan_mac(number)),
+                    format!("address add 10.244.{number}.0/32 dev flannel.1"),
+                    "link set flannel.1 up".into(),
+                    format!("route add 10.244.{other}.0/24 via 10.244.{other}.0 dev flannel.1 onlink"),
+                    format!("neighbour add 10.244.{other}.0 lladdr {} dev flannel.1 nud permanent", vxlan_mac(other)),
+                ])?;
+                namespace.bridge(&[format!("fdb append {} dev flannel.1 dst 192.168.50.{other}", vxlan_mac(other))])?;
+            }
+        }
+        if shape.pods == PodNetwork::Bridged {
+            namespace.ip(&[
+                format!("link add cni0 mtu {} type bridge", shape.pod_mtu()),
+                format!("address add 10.244.{number}.1/24 dev cni0"),
+                "link set cni0 up".into(),
+            ])?;
+        }
+        let address = Ipv4Addr::new(192, 168, 50, number);
+        let mut node = Self { name, namespace, address, pods: Vec::new(), number, shape };
+        for _ in 0..shape.pod_counts[usize::from(number - 1)] {
+            node.add_pod()?;
+        }
+        Ok(node)
+    }
+
+    /// Adds a pod, as a CNI would.
+    ///
+    /// # Errors
+    /// Whatever `ip` complains of.
+    pub fn add_pod(&mut self) -> Result<&Pod> {
+        let (number, mtu) = (self.number, self.shape.pod_mtu());
+        let count = u8::try_from(self.pods.len() + 1)?;
+        let name = format!("pod-{number}-{count}");
+        let host_link = match self.shape.pods {
+            PodNetwork::Bridged => format!("veth{count}"),
+            PodNetwork::Routed => format!("cali{count}"),
+        };
+        let address = Ipv4Addr::new(10, 244, number, count + 1);
+        let namespace = Namespace::new(&name)?;
+        self.namespace.ip(&[
+            format!("link add {host_link} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {}", namespace.path()),
+            format!("link set {host_link} up"),
+        ])?;
+        match self.shape.pods {
+            PodNetwork::Bridged => {
+                self.namespace.ip(&[format!("link set {host_link} master cni0")])?;
+                namespace.ip(&[
+                    format!("address add {address}/24 dev eth0"),
+                    "link set eth0 up".into(),
+                    format!("route add default via 10.244.{number}.1"),
+                ])?;
+            }
+            PodNetwork::Routed => {
+                self.namespace.sysctl(&format!("ipv4/conf/{host_link}/proxy_arp"), "1")?;
+                self.namespace.sysctl(&format!("ipv4/neigh/{host_link}/proxy_delay"), "0")?;
+                self.namespace.ip(&[format!("route add {address}/32 dev {host_link} scope link")])?;
+                namespace.ip(&[
+                    format!("address add {address}/32 dev eth0"),
+                    "link set eth0 up".into(),
+                    "route add 169.254.1.1 dev eth0 scope link".into(),
+                    "route add default via 169.254.1.1 dev eth0".into(),
+                ])?;
+            }
+        }
+        namespace.sysctl("ipv4/ip_local_port_range", "1024 65535")?;
+        let index = self.pods.len();
+        self.pods.push(Pod { name, namespace, address, node: self.name.clone(), host_link });
+        Ok(&self.pods[index])
+    }
+
+    /// Takes a pod's veth away, as a CNI does when a pod is deleted.
+    ///
+    /// # Errors
+    /// If it is gone already.
+    pub fn remove_pod(&mut self, index: usize) -> Result<()> {
+        let pod = self.pods.remove(index);
+        self.namespace.ip(&[format!("link delete {}", pod.host_link)])
+    }
+}
+
+impl Shape {
+    /// VXLAN takes 50 bytes of every packet.
+    fn pod_mtu(&self) -> u16 {
+        match self.nodes {
+            NodeNetwork::Plain => 1500,
+            NodeNetwork::Vxlan => 1450,
+        }
+    }
+}
+
+fn vxlan_mac(node: u8) -> String {
+    format!("02:00:00:00:fa:{node:02x}")
+}

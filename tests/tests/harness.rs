@@ -1,0 +1,80 @@
+//! The clusters of the tests, before any Sheave runs in them: if these fail, no other namespace test means anything.
+
+use anyhow::{Result, ensure};
+use sheave_tests::client::{self, Conversation, at};
+use sheave_tests::manifests::{Endpoint, Manifests, Service};
+use sheave_tests::server::{self, Server};
+use sheave_tests::topology::{CLIENT, Cluster, NodeNetwork, PodNetwork, Shape};
+
+/// A topology whose pods don't reach each other would be taken for a bug of Sheave's.
+#[test]
+fn pods_reach_pods_on_both_nodes_in_every_shape() -> Result<()> {
+    for pods in [PodNetwork::Bridged, PodNetwork::Routed] {
+        for nodes in [NodeNetwork::Plain, NodeNetwork::Vxlan] {
+            for xdp in [false, true] {
+                let shape = Shape { pods, nodes, pod_counts: [2, 1], xdp };
+                let cluster = Cluster::build(shape)?;
+                let [near, far] = [&cluster.nodes[0].pods[1], &cluster.nodes[1].pods[0]];
+                let from = &cluster.nodes[0].pods[0];
+                for to in [near, far] {
+                    let _server = Server::start(&to.namespace, &to.name)?;
+                    let answer = from.namespace.run(|| client::who(at(to.address, server::WHO)))?;
+                    ensure!(answer.backend == to.name && answer.seen.ip() == from.address, "{shape:?}: {answer:?}");
+                    from.namespace.run(|| client::ask_udp(at(to.address, server::UDP), "ping"))?;
+                    from.namespace.run(|| Conversation::open(at(to.address, server::ECHO))?.transfer(1_000_000))?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// NodePort tests would fail for want of a road to the node.
+#[test]
+fn the_client_reaches_a_node_and_is_seen_with_its_own_address() -> Result<()> {
+    for xdp in [false, true] {
+        let cluster = Cluster::build(Shape { xdp, ..Shape::default() })?;
+        let node = &cluster.nodes[0];
+        let _server = Server::start(&node.namespace, "node-1")?;
+        let answer = cluster.client.run(|| client::who(at(node.address, server::WHO)))?;
+        ensure!(answer.seen.ip() == CLIENT, "{answer:?}");
+        ensure!(cluster.checksum_errors()? == 0, "checksum errors in an untouched cluster");
+    }
+    Ok(())
+}
+
+/// The clients of the load tests would run out of ports or of patience.
+#[test]
+fn thousands_of_connections_are_answered() -> Result<()> {
+    let cluster = Cluster::build(Shape::default())?;
+    let pods = &cluster.nodes[0].pods;
+    let _server = Server::start(&pods[1].namespace, &pods[1].name)?;
+    let answers = client::who_many(Some(&pods[0].namespace), at(pods[1].address, server::WHO), 5_000, 4);
+    answers.all_answered()?;
+    ensure!(answers.total() == 5_000, "{answers:?}");
+    Ok(())
+}
+
+/// The manifests' folder must hold what `sheave run --manifests` is told to read.
+#[test]
+fn manifests_are_written_whole_and_removed() -> Result<()> {
+    let manifests = Manifests::new()?;
+    let service =
+        Service::new("web", [10, 96, 0, 10].into()).tcp("http", 80, server::WHO).node_port(30_500).affinity(60);
+    let endpoint = Endpoint {
+        address: [10, 244, 1, 2].into(),
+        node: "node-1".into(),
+        ready: true,
+        serving: true,
+        terminating: false,
+    };
+    manifests.service(&service, &[endpoint])?;
+    let text = std::fs::read_to_string(manifests.path().join("web.yaml"))?;
+    for line in ["nodePort: 30500", "targetPort: 8080", "timeoutSeconds: 60", "- addresses: [10.244.1.2]"] {
+        ensure!(text.contains(line), "no {line:?} in\n{text}");
+    }
+    let folder = manifests.path().to_owned();
+    drop(manifests);
+    ensure!(!folder.exists(), "{} is left behind", folder.display());
+    Ok(())
+}
