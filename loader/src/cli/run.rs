@@ -12,8 +12,6 @@ use crate::config::{ConnectMode, InterfaceRules, MapSizes, NodePortAddresses, Ru
 /// Flags of `sheave run`.
 #[derive(Clone, Debug, Args)]
 pub struct RunArgs {
-    #[command(flatten)]
-    source: SourceArgs,
     /// Name of this node in Kubernetes [default: $NODE_NAME, or else the hostname].
     #[arg(long, env = "SHEAVE_NODE_NAME", value_name = "NAME")]
     node_name: Option<String>,
@@ -28,8 +26,6 @@ pub struct RunArgs {
     /// XDP on uplinks: auto (native where the driver has it), native, generic, off.
     #[arg(long, env = "SHEAVE_XDP", value_name = "MODE", default_value = "auto", value_parser = values::xdp)]
     xdp: XdpMode,
-    #[command(flatten)]
-    interfaces: InterfaceArgs,
     /// Node addresses that serve nodePorts: primary (the Node object's InternalIPs), all, or networks.
     #[arg(
         long,
@@ -56,8 +52,6 @@ pub struct RunArgs {
     /// The same for IPv6.
     #[arg(long, env = "SHEAVE_HAIRPIN_IPV6", value_name = "ADDRESS", default_value = "fd53:6865:6176:6500::1")]
     hairpin_ipv6: Ipv6Addr,
-    #[command(flatten)]
-    timeouts: TimeoutArgs,
     /// Source ports for connections that this node passes on to another; outside nodePorts and the ephemeral range.
     #[arg(
         long,
@@ -81,6 +75,12 @@ pub struct RunArgs {
         default_missing_value = "true"
     )]
     drain_foreign: bool,
+    #[command(flatten)]
+    source: SourceArgs,
+    #[command(flatten)]
+    interfaces: InterfaceArgs,
+    #[command(flatten)]
+    timeouts: TimeoutArgs,
     #[command(flatten)]
     sizes: SizeArgs,
 }

@@ -169,6 +169,19 @@ impl Socket {
         Ok(Self { handle, messages, connection: tokio::spawn(connection) })
     }
 
+    /// Applies what the kernel had queued before it dropped something: after the listing that would be history.
+    async fn drain(&mut self, state: &mut State) {
+        let mut dropped = true;
+        while dropped {
+            // Any answer, even an error, comes after all that was queued before the question. 1 is the loopback device.
+            let _answer = std::pin::pin!(self.handle.link().get().match_index(1).execute()).next().await;
+            dropped = false;
+            while let Ok((message, _)) = self.messages.try_recv() {
+                dropped |= apply(state, message);
+            }
+        }
+    }
+
     async fn list(&mut self) -> Result<Listing, InterfaceError> {
         let failed = |what| move |source| InterfaceError::List { what, source };
         let links = self.handle.link().get().execute().try_collect::<Vec<_>>().await.map_err(failed("links"))?;
@@ -208,6 +221,7 @@ impl Socket {
         }
         if overrun {
             warn!("the kernel dropped interface notifications (ENOBUFS); listing everything again");
+            self.drain(state).await;
             state.replace(self.list().await?);
         }
         for index in state.take_stale_links() {
