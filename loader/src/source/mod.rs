@@ -4,7 +4,14 @@
 //! trouble of the other side (an unreachable server, a broken file) as something that will pass.
 
 pub mod convert;
+pub mod kubernetes;
+pub mod manifests;
 
+use std::path::PathBuf;
+
+use tokio::sync::mpsc::Sender;
+
+use crate::config::SourceConfig;
 use crate::model;
 
 /// What a source reports.
@@ -14,4 +21,64 @@ pub enum SourceEvent {
     Changes(Vec<model::Change>),
     /// Reported once: every object that existed at the start has been reported. Nothing may be pruned before.
     Synced,
+}
+
+/// What no amount of waiting will mend.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The kubeconfig that was asked for can't be used.
+    #[error("kubeconfig {path}: {source}")]
+    Kubeconfig {
+        /// Its path, or where it was looked for.
+        path: String,
+        /// What is wrong with it.
+        source: Box<kube::config::KubeconfigError>,
+    },
+    /// The service account of the pod that Sheave runs in can't be used.
+    #[error("in-cluster service account: {0}")]
+    InCluster(#[source] Box<kube::config::InClusterError>),
+    /// Nothing says where the API server is.
+    #[error(
+        "no API server: give --kubeconfig or --api-server, set KUBECONFIG, or run as a pod with a service account \
+         (--manifests takes a folder instead)"
+    )]
+    NoApiServer,
+    /// An address of an API server isn't one.
+    #[error("--api-server {address:?} is not an address like https://192.0.2.1:6443")]
+    ApiServerAddress {
+        /// The address as it was given.
+        address: String,
+    },
+    /// The client for an API server can't be made, for its certificates or its credentials.
+    #[error("client for {server}: {source}")]
+    Client {
+        /// The API server.
+        server: String,
+        /// What is wrong.
+        source: Box<kube::Error>,
+    },
+    /// Changes of the folder can't be watched.
+    #[error(
+        "inotify_init for {directory:?}: {source}; raise fs.inotify.max_user_instances if it is \"too many open files\""
+    )]
+    Inotify {
+        /// The folder.
+        directory: PathBuf,
+        /// What the kernel says.
+        source: std::io::Error,
+    },
+}
+
+/// Runs the source that was configured, until the receiver is gone.
+///
+/// # Errors
+///
+/// Only what waiting does not mend, see [`SourceError`].
+pub async fn run(config: SourceConfig, node_name: String, sender: Sender<SourceEvent>) -> Result<(), SourceError> {
+    match config {
+        SourceConfig::Manifests(directory) => manifests::run(directory, node_name, sender).await,
+        SourceConfig::Kubernetes { kubeconfig, api_servers } => {
+            kubernetes::run(kubeconfig, api_servers, node_name, sender).await
+        }
+    }
 }

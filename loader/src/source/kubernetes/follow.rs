@@ -1,0 +1,248 @@
+//! One kind of object, listed and watched for ever.
+//!
+//! A list is reported as a replacement, so objects that vanished while nobody watched go as well. kube's watcher
+//! resumes, pages and takes bookmarks; what it leaves to its user is here: waiting, saying what is wrong, and a list
+//! from scratch when the server answers 410 to the start of a watch (the watcher would ask the same again for ever).
+
+use std::fmt::Debug;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use futures::StreamExt;
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::discovery::v1 as discovery;
+use kube::runtime::watcher::{self, Event};
+use kube::{Api, Client, Resource};
+use serde::de::DeserializeOwned;
+use tokio::sync::mpsc::Sender;
+
+use super::super::{SourceEvent, convert};
+use super::backoff::Backoff;
+use super::servers::{Servers, chain};
+use crate::model::{Change, objects};
+
+/// A kind of object that is followed.
+pub(super) trait Followed:
+    Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static
+{
+    /// Its name, for people.
+    const NAME: &'static str;
+    /// What is kept of it.
+    type Trimmed: Send;
+
+    fn trim(&self) -> Self::Trimmed;
+    fn present(object: Self::Trimmed) -> Change;
+    fn gone(&self) -> Change;
+    fn listed(objects: Vec<Self::Trimmed>) -> Change;
+}
+
+/// Number of kinds: when each has been listed once, the source has synced.
+const KINDS: usize = 3;
+
+impl Followed for core::Service {
+    const NAME: &'static str = "Services";
+    type Trimmed = objects::Service;
+
+    fn trim(&self) -> objects::Service {
+        self.into()
+    }
+
+    fn present(object: objects::Service) -> Change {
+        Change::Service(object)
+    }
+
+    fn gone(&self) -> Change {
+        Change::ServiceGone(convert::service_key(self))
+    }
+
+    fn listed(objects: Vec<objects::Service>) -> Change {
+        Change::ServicesReplaced(objects)
+    }
+}
+
+impl Followed for discovery::EndpointSlice {
+    const NAME: &'static str = "EndpointSlices";
+    type Trimmed = objects::EndpointSlice;
+
+    fn trim(&self) -> objects::EndpointSlice {
+        self.into()
+    }
+
+    fn present(object: objects::EndpointSlice) -> Change {
+        Change::Slice(object)
+    }
+
+    fn gone(&self) -> Change {
+        Change::SliceGone(convert::slice_key(self))
+    }
+
+    fn listed(objects: Vec<objects::EndpointSlice>) -> Change {
+        Change::SlicesReplaced(objects)
+    }
+}
+
+impl Followed for core::Node {
+    const NAME: &'static str = "this Node";
+    type Trimmed = objects::Node;
+
+    fn trim(&self) -> objects::Node {
+        self.into()
+    }
+
+    fn present(object: objects::Node) -> Change {
+        Change::Node(object)
+    }
+
+    fn gone(&self) -> Change {
+        Change::NodeGone
+    }
+
+    /// The field selector lets one through at most.
+    fn listed(objects: Vec<objects::Node>) -> Change {
+        objects.into_iter().next().map_or(Change::NodeGone, Change::Node)
+    }
+}
+
+/// Where the objects go.
+pub(super) struct Follower {
+    servers: Arc<Servers>,
+    client: Client,
+    sender: Sender<SourceEvent>,
+    /// Kinds that have been listed once.
+    listed: AtomicUsize,
+}
+
+impl Follower {
+    pub(super) fn new(servers: Arc<Servers>, sender: Sender<SourceEvent>) -> Self {
+        let client = servers.client();
+        Self { servers, client, sender, listed: AtomicUsize::new(0) }
+    }
+
+    /// Follows a kind until the receiver is gone.
+    pub(super) async fn follow<K: Followed>(&self, config: watcher::Config) {
+        let mut trouble = Trouble::new(K::NAME);
+        let mut synced = false;
+        loop {
+            let mut events = pin!(watcher::watcher(Api::<K>::all(self.client.clone()), config.clone()));
+            let mut listing = Vec::new();
+            // The watcher's stream has no end of its own.
+            while let Some(event) = events.next().await {
+                let change = match event {
+                    Ok(Event::Init) => {
+                        listing = Vec::new();
+                        continue;
+                    }
+                    Ok(Event::InitApply(object)) => {
+                        listing.push(object.trim());
+                        continue;
+                    }
+                    Ok(Event::InitDone) => K::listed(std::mem::take(&mut listing)),
+                    Ok(Event::Apply(object)) => K::present(object.trim()),
+                    Ok(Event::Delete(object)) => object.gone(),
+                    Err(error) if is_expired(&error) => {
+                        tracing::debug!(kind = K::NAME, %error, "the server no longer knows where the watch was");
+                        tokio::time::sleep(trouble.backoff.next()).await;
+                        if matches!(error, watcher::Error::WatchStartFailed(_)) {
+                            break;
+                        }
+                        continue;
+                    }
+                    Err(error) => {
+                        tokio::time::sleep(trouble.report(self.servers.current(), &error)).await;
+                        continue;
+                    }
+                };
+                trouble.over(self.servers.current());
+                let listed = matches!(
+                    change,
+                    Change::ServicesReplaced(_) | Change::SlicesReplaced(_) | Change::Node(_) | Change::NodeGone
+                );
+                if self.sender.send(SourceEvent::Changes(vec![change])).await.is_err() {
+                    return;
+                }
+                if listed && !synced {
+                    synced = true;
+                    // Every kind has sent its list before it counts itself, so the last one may say it for all.
+                    if self.listed.fetch_add(1, Ordering::AcqRel) + 1 == KINDS
+                        && self.sender.send(SourceEvent::Synced).await.is_err()
+                    {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The place in the history where a watch wants to go on is no longer there (HTTP 410, or an ERROR event with it).
+fn is_expired(error: &watcher::Error) -> bool {
+    match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status))
+        | watcher::Error::WatchError(status) => status.code == 410,
+        _ => false,
+    }
+}
+
+/// What is wrong at the moment: each thing is said once, and once that it is over.
+struct Trouble {
+    kind: &'static str,
+    backoff: Backoff,
+    said: Option<String>,
+}
+
+impl Trouble {
+    const fn new(kind: &'static str) -> Self {
+        Self { kind, backoff: Backoff::new(), said: None }
+    }
+
+    /// Says what is wrong, and returns how long to wait.
+    fn report(&mut self, server: &str, error: &watcher::Error) -> std::time::Duration {
+        let wait = self.backoff.next();
+        let text = chain(error);
+        if self.said.as_ref() == Some(&text) {
+            tracing::debug!(kind = self.kind, server, error = text, "still can't follow");
+        } else {
+            tracing::warn!(
+                kind = self.kind,
+                server,
+                error = text,
+                remedy = remedy(error),
+                "can't follow: what is known stays in place, and it will be tried again"
+            );
+            self.said = Some(text);
+        }
+        wait
+    }
+
+    fn over(&mut self, server: &str) {
+        self.backoff.reset();
+        if self.said.take().is_some() {
+            tracing::info!(kind = self.kind, server, "followed again");
+        }
+    }
+}
+
+fn remedy(error: &watcher::Error) -> &'static str {
+    let cause = match error {
+        watcher::Error::InitialListFailed(cause)
+        | watcher::Error::WatchStartFailed(cause)
+        | watcher::Error::WatchFailed(cause) => cause,
+        watcher::Error::WatchError(_) | watcher::Error::NoResourceVersion => {
+            return "look at the API server's own log";
+        }
+    };
+    match cause {
+        kube::Error::Api(status) if status.code == 401 => "check the token or certificate in the kubeconfig",
+        kube::Error::Api(status) if status.code == 403 => {
+            "give this account list and watch on services, nodes and endpointslices.discovery.k8s.io (deploy/rbac)"
+        }
+        kube::Error::Api(_) => "look at the API server's own log",
+        _ => {
+            "check that this address answers from this node and its certificate is trusted; --api-server sets another \
+             one, and must not be the ClusterIP that Sheave itself serves"
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! The Kubernetes API as a source: three watches that outlive every trouble of the server.
+//!
+//! [`servers`] finds the API servers and turns to the next one when one fails; [`follow`] lists and watches one kind
+//! of object; [`backoff`] says how long to wait. Objects are trimmed as they arrive; the selectors keep headless and
+//! foreign ones from arriving at all.
+
+mod backoff;
+mod follow;
+mod servers;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::runtime::watcher;
+use tokio::sync::mpsc::Sender;
+
+use super::{SourceError, SourceEvent};
+use follow::Follower;
+use servers::Servers;
+
+/// Services that this proxy serves.
+const SERVICES: &str = "!service.kubernetes.io/service-proxy-name";
+/// EndpointSlices of Services that this proxy serves.
+const ENDPOINT_SLICES: &str = "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name";
+/// Objects in one page of a list.
+const PAGE: u32 = 500;
+
+/// Follows an API server until the receiver is gone. `kubeconfig` and `api_servers` as in
+/// [`SourceConfig::Kubernetes`](crate::config::SourceConfig::Kubernetes).
+///
+/// # Errors
+///
+/// A configuration that can't be used. A server that can't be reached is no error: it is tried again.
+pub async fn run(
+    kubeconfig: Option<PathBuf>,
+    api_servers: Vec<String>,
+    node_name: String,
+    sender: Sender<SourceEvent>,
+) -> Result<(), SourceError> {
+    let servers = Arc::new(Servers::find(kubeconfig, &api_servers).await?);
+    let follower = Follower::new(servers, sender.clone());
+    let config = || watcher::Config::default().page_size(PAGE);
+    tokio::select! {
+        () = follower.follow::<Service>(config().labels(SERVICES)) => {}
+        () = follower.follow::<EndpointSlice>(config().labels(ENDPOINT_SLICES)) => {}
+        () = follower.follow::<Node>(config().fields(&format!("metadata.name={node_name}"))) => {}
+        () = sender.closed() => {}
+    }
+    Ok(())
+}
