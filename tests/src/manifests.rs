@@ -72,6 +72,18 @@ impl Service {
         }
     }
 
+    /// Its ClusterIP.
+    #[must_use]
+    pub fn cluster_ip(&self) -> Ipv4Addr {
+        self.cluster_ip
+    }
+
+    /// `default/name`, as Sheave writes it.
+    #[must_use]
+    pub fn id(&self) -> String {
+        format!("default/{}", self.name)
+    }
+
     /// Adds a TCP port.
     #[must_use]
     pub fn tcp(self, name: &str, port: u16, target: u16) -> Self {

@@ -164,3 +164,61 @@ fn wait_readable(listener: &TcpListener) {
     // SAFETY: one valid pollfd, which outlives the call.
     unsafe { libc::poll(&raw mut poll, 1, 100) };
 }
+
+/// Sees the UDP packets that arrive in a namespace, headers and all.
+#[derive(Debug)]
+pub struct RawUdp {
+    socket: UdpSocket,
+}
+
+/// Opens a raw socket in the calling thread's namespace.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn raw_udp() -> Result<RawUdp> {
+    use std::os::fd::FromRawFd as _;
+    // SAFETY: socket takes no pointers, and the new descriptor is owned by the value made from it and nowhere else. Only
+    // recv is called on it, which a raw socket has as well.
+    let socket = unsafe {
+        let descriptor = libc::socket(libc::AF_INET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::IPPROTO_UDP);
+        anyhow::ensure!(descriptor >= 0, "opening a raw socket: {}", io::Error::last_os_error());
+        UdpSocket::from_raw_fd(descriptor)
+    };
+    socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+    Ok(RawUdp { socket })
+}
+
+impl RawUdp {
+    /// The checksum field of the next packet with this source port.
+    ///
+    /// # Errors
+    /// If none has arrived.
+    pub fn checksum_from(&self, source_port: u16) -> Result<u16> {
+        let mut packet = [0; 2_048];
+        loop {
+            let length = self.socket.recv(&mut packet).context("waiting for a raw packet")?;
+            let header = usize::from(packet[0] & 0xf) * 4;
+            let field = |offset: usize| u16::from_be_bytes([packet[header + offset], packet[header + offset + 1]]);
+            if length >= header + 8 && field(0) == source_port {
+                return Ok(field(6));
+            }
+        }
+    }
+}
+
+/// Moves at least `bytes` with iperf3 from one namespace to `target`, which a server in the other answers; returns what
+/// the server received.
+///
+/// # Errors
+/// If iperf3 fails.
+pub fn iperf(server: &Namespace, client: &Namespace, target: SocketAddr, bytes: u64) -> Result<u64> {
+    let mut listener = crate::process::Process::start(
+        "iperf3 -s",
+        server.command("iperf3").args(["--server", "--one-off", "--forceflush", "--port", "5201"]),
+    )?;
+    listener.wait_for("Server listening", Duration::from_secs(5))?;
+    let (address, port, bytes) = (target.ip().to_string(), target.port().to_string(), bytes.to_string());
+    let report = client.output("iperf3", &["-c", &address, "-p", &port, "-n", &bytes, "--json"])?;
+    let report: serde_json::Value = serde_json::from_str(&report).context("iperf3's report")?;
+    report["end"]["sum_received"]["bytes"].as_u64().context("iperf3's report has no sum_received")
+}

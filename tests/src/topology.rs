@@ -12,7 +12,7 @@
 
 use std::net::Ipv4Addr;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use crate::netns::Namespace;
 use crate::wire::{self, XdpPass};
@@ -209,8 +209,15 @@ impl Node {
     /// # Errors
     /// Whatever `ip` complains of.
     pub fn add_pod(&mut self) -> Result<&Pod> {
-        let (number, mtu) = (self.number, self.shape.pod_mtu());
         let count = u8::try_from(self.pods.len() + 1)?;
+        let pod = self.make_pod(count, None)?;
+        self.pods.push(pod);
+        self.pods.last().context("a pod was just added")
+    }
+
+    fn make_pod(&self, count: u8, index: Option<u32>) -> Result<Pod> {
+        let (number, mtu) = (self.number, self.shape.pod_mtu());
+        let index = index.map(|index| format!("index {index}")).unwrap_or_default();
         let name = format!("pod-{number}-{count}");
         let host_link = match self.shape.pods {
             PodNetwork::Bridged => format!("veth{count}"),
@@ -219,7 +226,10 @@ impl Node {
         let address = Ipv4Addr::new(10, 244, number, count + 1);
         let namespace = Namespace::new(&name)?;
         self.namespace.ip(&[
-            format!("link add {host_link} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {}", namespace.path()),
+            format!(
+                "link add {host_link} {index} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {}",
+                namespace.path()
+            ),
             format!("link set {host_link} up"),
         ])?;
         match self.shape.pods {
@@ -244,18 +254,26 @@ impl Node {
             }
         }
         namespace.sysctl("ipv4/ip_local_port_range", "1024 65535")?;
-        let index = self.pods.len();
-        self.pods.push(Pod { name, namespace, address, node: self.name.clone(), host_link });
-        Ok(&self.pods[index])
+        Ok(Pod { name, namespace, address, node: self.name.clone(), host_link })
     }
 
-    /// Takes a pod's veth away, as a CNI does when a pod is deleted.
+    /// Takes the first pod away and makes a new one with its address and its interface index.
     ///
     /// # Errors
-    /// If it is gone already.
-    pub fn remove_pod(&mut self, index: usize) -> Result<()> {
-        let pod = self.pods.remove(index);
-        self.namespace.ip(&[format!("link delete {}", pod.host_link)])
+    /// Whatever `ip` complains of.
+    pub fn replace_first_pod(&mut self, index: u32) -> Result<()> {
+        self.namespace.ip(&[format!("link delete {}", self.pods[0].host_link)])?;
+        self.pods[0] = self.make_pod(1, Some(index))?;
+        Ok(())
+    }
+
+    /// The index of an interface in the node's namespace.
+    ///
+    /// # Errors
+    /// If there is no such interface.
+    pub fn link_index(&self, link: &str) -> Result<u32> {
+        let text = self.namespace.output("ip", &["-oneline", "link", "show", "dev", link])?;
+        text.split(':').next().and_then(|index| index.trim().parse().ok()).context("ip showed no index")
     }
 }
 

@@ -1,0 +1,112 @@
+//! A process of the node itself asks Services: its sockets are balanced when they connect.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use sheave_tests::client::{Answers, at};
+use sheave_tests::manifests::Service;
+use sheave_tests::netns::Namespace;
+use sheave_tests::process::{Process, built};
+use sheave_tests::scenario::Scenario;
+use sheave_tests::server::{self, Server};
+use sheave_tests::topology::{PodNetwork, Shape};
+
+const WEB: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
+const NODE: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 1);
+const LOCALHOST: Ipv4Addr = Ipv4Addr::LOCALHOST;
+
+fn web() -> Service {
+    Service::new("web", WEB)
+        .tcp("http", 80, server::WHO)
+        .node_port(30_500)
+        .udp("udp", 53, server::UDP)
+        .node_port(30_053)
+}
+
+/// Two backends on each node.
+fn start(pods: PodNetwork) -> Result<Scenario> {
+    let scenario = Scenario::start(Shape { pods, pod_counts: [2, 2], ..Shape::default() }, &[])?;
+    scenario.publish(&web(), scenario.cluster.nodes.iter().flat_map(|node| &node.pods))?;
+    Ok(scenario)
+}
+
+fn probe(mut command: Command, protocol: &str, target: SocketAddr, count: usize) -> Result<Answers> {
+    command.args([protocol, &target.to_string(), &count.to_string()]);
+    let output = Process::start("probe", &mut command)?.finish(Duration::from_secs(60))?;
+    serde_json::from_str(&output).with_context(|| format!("the probe printed {output}"))
+}
+
+/// The kubelet and other processes of a node would not reach Services.
+#[test]
+fn a_host_process_reaches_cluster_ips_and_node_ports() -> Result<()> {
+    for pods in [PodNetwork::Bridged, PodNetwork::Routed] {
+        let scenario = start(pods)?;
+        for target in [at(WEB, 80), at(NODE, 30_500), at(LOCALHOST, 30_500)] {
+            let answers = probe(scenario.agent.host_command(built("probe")?), "tcp", target, 2_000)?;
+            answers.all_answered().with_context(|| format!("{pods:?}: {target}"))?;
+            answers.evenly_spread(4, 0.25).with_context(|| format!("{pods:?}: {target}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// A node's resolver would not reach the cluster's DNS, or throw its answers away.
+#[test]
+fn a_host_process_asks_by_datagram() -> Result<()> {
+    let scenario = start(PodNetwork::Bridged)?;
+    for target in [at(WEB, 53), at(NODE, 30_053), at(LOCALHOST, 30_053)] {
+        for protocol in ["udp", "udp-unconnected"] {
+            let answers = probe(scenario.agent.host_command(built("probe")?), protocol, target, 50)?;
+            answers.all_answered().with_context(|| format!("{protocol} to {target}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// A process that only shares the cgroup, in another network, would find its own servers hidden behind our Services.
+#[test]
+fn a_process_of_another_network_in_the_same_cgroup_is_not_touched() -> Result<()> {
+    let scenario = start(PodNetwork::Bridged)?;
+    let elsewhere = Namespace::new("elsewhere")?;
+    elsewhere.ip(&[format!("address add {WEB}/32 dev lo")])?;
+    let _server = Server::start(&elsewhere, "bystander")?;
+    for (protocol, target) in [("tcp", at(WEB, server::WHO)), ("udp", at(WEB, server::UDP))] {
+        let command = scenario.agent.bystander_command(&elsewhere, built("probe")?);
+        let answers = probe(command, protocol, target, 50)?;
+        answers.all_answered()?;
+        ensure!(answers.by_backend.keys().eq(["bystander"]), "{:?} answered", answers.by_backend);
+    }
+    // On the very address and port of a frontend there is nobody there, and it must stay so.
+    let command = scenario.agent.bystander_command(&elsewhere, built("probe")?);
+    let answers = probe(command, "tcp", at(WEB, 80), 5)?;
+    ensure!(answers.total() == 0, "a process of another network was sent to {:?}", answers.by_backend);
+    Ok(())
+}
+
+/// A host process would wait for a time-out where "connection refused" is the answer.
+#[test]
+fn a_host_process_is_refused_at_once_without_endpoints() -> Result<()> {
+    let scenario = start(PodNetwork::Bridged)?;
+    let empty = Ipv4Addr::new(10, 96, 0, 11);
+    scenario.publish(&Service::new("empty", empty).tcp("http", 80, 1).node_port(30_600), [])?;
+    for target in [at(empty, 80), at(LOCALHOST, 30_600)] {
+        let answers = probe(scenario.agent.host_command(built("probe")?), "tcp", target, 3)?;
+        ensure!(answers.failed == 3 && answers.errors.iter().all(|error| error.contains("refused")), "{answers:?}");
+    }
+    Ok(())
+}
+
+/// A pod's own processes see the Service's address as their peer, so they must be translated by packet, not by socket.
+#[test]
+fn a_pods_process_in_the_cgroup_is_balanced_by_packet_only() -> Result<()> {
+    let scenario = start(PodNetwork::Bridged)?;
+    let pod = scenario.pod(1, 1);
+    let command = scenario.agent.bystander_command(&pod.namespace, built("probe")?);
+    let answers = probe(command, "tcp", at(WEB, 80), 500)?;
+    answers.all_answered()?;
+    let hairpin = IpAddr::from([169, 254, 42, 1]);
+    ensure!(answers.seen.contains(&hairpin), "no packet was turned back to the pod itself: {:?}", answers.seen);
+    Ok(())
+}

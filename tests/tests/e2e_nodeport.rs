@@ -1,0 +1,229 @@
+//! A client outside the cluster asks a nodePort of node 1: local backends, and backends on node 2 over plain routes and
+//! through VXLAN; by tc alone, and with native XDP on the uplink.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use sheave_tests::client::{self, Conversation, at};
+use sheave_tests::manifests::Service;
+use sheave_tests::scenario::Scenario;
+use sheave_tests::server;
+use sheave_tests::topology::{CLIENT, NodeNetwork, Pod, PodNetwork, Shape};
+
+const WEB: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
+const NODE: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 1);
+/// Enough for a random choice of one in four to stay within 5 % of even by five standard deviations.
+const MANY: usize = 40_000;
+
+fn web() -> Service {
+    Service::new("web", WEB)
+        .tcp("http", 80, server::WHO)
+        .node_port(30_500)
+        .tcp("echo", 7, server::ECHO)
+        .node_port(30_007)
+        .udp("udp", 53, server::UDP)
+        .node_port(30_053)
+}
+
+const HTTP: SocketAddr = SocketAddr::new(IpAddr::V4(NODE), 30_500);
+const ECHO: SocketAddr = SocketAddr::new(IpAddr::V4(NODE), 30_007);
+const UDP: SocketAddr = SocketAddr::new(IpAddr::V4(NODE), 30_053);
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Backends {
+    Local,
+    Remote(NodeNetwork),
+}
+
+/// Node 1 with `count` backends behind the nodePorts, and the address that pods should see as the client's.
+fn start(backends: Backends, pods: PodNetwork, xdp: bool, count: u8) -> Result<(Scenario, IpAddr)> {
+    let (pod_counts, nodes, seen) = match backends {
+        Backends::Local => ([count, 1], NodeNetwork::Plain, CLIENT),
+        Backends::Remote(NodeNetwork::Plain) => ([1, count], NodeNetwork::Plain, NODE),
+        Backends::Remote(NodeNetwork::Vxlan) => ([1, count], NodeNetwork::Vxlan, Ipv4Addr::new(10, 244, 1, 0)),
+    };
+    let arguments = ["--xdp", if xdp { "native" } else { "off" }];
+    let scenario = Scenario::start(Shape { pods, nodes, pod_counts, xdp }, &arguments)?;
+    scenario.publish(&web(), behind(&scenario, backends))?;
+    Ok((scenario, seen.into()))
+}
+
+fn behind(scenario: &Scenario, backends: Backends) -> &[Pod] {
+    &scenario.cluster.nodes[if backends == Backends::Local { 0 } else { 1 }].pods
+}
+
+fn every_connection_is_answered(backends: Backends, xdp: bool) -> Result<()> {
+    let (scenario, seen) = start(backends, PodNetwork::Bridged, xdp, 4)?;
+    let answers = client::who_many(Some(&scenario.cluster.client), HTTP, MANY, 4);
+    answers.all_answered()?;
+    answers.evenly_spread(4, 0.05)?;
+    ensure!(answers.seen.iter().eq([&seen]), "pods saw {:?}, not {seen}", answers.seen);
+    Ok(())
+}
+
+/// The world outside would not reach pods of the node that it asks.
+#[test]
+fn every_connection_to_local_pods_is_answered_with_the_clients_address_kept() -> Result<()> {
+    every_connection_is_answered(Backends::Local, false)
+}
+
+/// The same where XDP sees the packets first.
+#[test]
+fn every_connection_to_local_pods_is_answered_with_xdp() -> Result<()> {
+    every_connection_is_answered(Backends::Local, true)
+}
+
+/// The world outside would not reach pods of another node.
+#[test]
+fn every_connection_to_pods_of_another_node_is_answered() -> Result<()> {
+    every_connection_is_answered(Backends::Remote(NodeNetwork::Plain), false)
+}
+
+/// The same with XDP.
+#[test]
+fn every_connection_to_pods_of_another_node_is_answered_with_xdp() -> Result<()> {
+    every_connection_is_answered(Backends::Remote(NodeNetwork::Plain), true)
+}
+
+/// The same through an overlay.
+#[test]
+fn every_connection_through_vxlan_is_answered() -> Result<()> {
+    every_connection_is_answered(Backends::Remote(NodeNetwork::Vxlan), false)
+}
+
+/// The same through an overlay, with XDP on the uplink below it.
+#[test]
+fn every_connection_through_vxlan_is_answered_with_xdp() -> Result<()> {
+    every_connection_is_answered(Backends::Remote(NodeNetwork::Vxlan), true)
+}
+
+const ALL: [Backends; 3] =
+    [Backends::Local, Backends::Remote(NodeNetwork::Plain), Backends::Remote(NodeNetwork::Vxlan)];
+
+/// A DNS server behind a nodePort would not be reached, and long transfers would stall.
+#[test]
+fn datagrams_and_transfers_go_both_ways() -> Result<()> {
+    for backends in ALL {
+        for pods in [PodNetwork::Bridged, PodNetwork::Routed] {
+            for xdp in [false, true] {
+                let (scenario, seen) = start(backends, pods, xdp, 1)?;
+                let context = || format!("{backends:?}, {pods:?}, XDP {xdp}");
+                scenario.cluster.client.run(|| -> Result<()> {
+                    for size in [1, 1_000] {
+                        let answer = client::ask_udp(UDP, &"x".repeat(size)).with_context(context)?;
+                        ensure!(answer.seen.ip() == seen, "{}: the pod saw {}", context(), answer.seen);
+                    }
+                    Conversation::open(ECHO)?.transfer(3_000_000).with_context(context)
+                })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Bulk traffic with all offloads on would be slow or damaged.
+#[test]
+fn gigabytes_flow_without_a_checksum_error() -> Result<()> {
+    for backends in ALL {
+        let (scenario, _) = start(backends, PodNetwork::Bridged, false, 1)?;
+        let bulk = Service::new("bulk", Ipv4Addr::new(10, 96, 0, 20)).tcp("iperf", 5201, 5201).node_port(30_201);
+        let backend = &behind(&scenario, backends)[0];
+        scenario.publish(&bulk, [backend])?;
+        let before = scenario.cluster.checksum_errors()?;
+        let moved = server::iperf(&backend.namespace, &scenario.cluster.client, at(NODE, 30_201), 2_000_000_000);
+        let moved = moved.with_context(|| format!("{backends:?}"))?;
+        ensure!(moved >= 1_990_000_000, "{backends:?}: only {moved} bytes arrived");
+        ensure!(scenario.cluster.checksum_errors()? == before, "{backends:?}: checksum errors");
+    }
+    Ok(())
+}
+
+/// Uploads would hang where the road to the other node is narrower than the client's.
+#[test]
+fn a_transfer_over_a_narrower_road_succeeds() -> Result<()> {
+    for xdp in [false, true] {
+        let (scenario, _) = start(Backends::Remote(NodeNetwork::Plain), PodNetwork::Bridged, xdp, 1)?;
+        scenario.node().namespace.ip(&["route replace 10.244.2.0/24 via 192.168.50.2 mtu 1300"])?;
+        let transfer = scenario.cluster.client.run(|| Conversation::open(ECHO)?.transfer(3_000_000));
+        transfer.with_context(|| format!("XDP {xdp}"))?;
+    }
+    Ok(())
+}
+
+/// Under policy Local, a client would be sent over to another node and lose its address.
+#[test]
+fn under_policy_local_only_local_pods_answer_and_without_any_the_node_is_silent() -> Result<()> {
+    let (scenario, _) = start(Backends::Remote(NodeNetwork::Plain), PodNetwork::Bridged, false, 2)?;
+    let (local, remote) = (scenario.pod(1, 1), scenario.pod(2, 1));
+    let service = web().external_local();
+    scenario.publish(&service, [local, remote])?;
+    let answers = sheave_tests::process::eventually(Duration::from_secs(5), || {
+        let answers = client::who_many(Some(&scenario.cluster.client), HTTP, 100, 2);
+        ensure!(answers.by_backend.keys().eq([&local.name]), "{:?} answered", answers.by_backend);
+        Ok(answers)
+    })?;
+    answers.all_answered()?;
+    let own = IpAddr::from(CLIENT);
+    ensure!(answers.seen.iter().eq([&own]), "the pod saw {:?}", answers.seen);
+
+    scenario.publish(&service, [remote])?;
+    sheave_tests::process::eventually(Duration::from_secs(8), || {
+        let attempt =
+            scenario.cluster.client.run(|| std::net::TcpStream::connect_timeout(&HTTP, Duration::from_secs(1)));
+        let error = attempt.err().context("a connection was accepted")?;
+        ensure!(error.kind() == std::io::ErrorKind::TimedOut, "not silent: {error}");
+        Ok(())
+    })?;
+    // Pods take the short cut to every endpoint, as kube-proxy has it.
+    let answer = local.namespace.run(|| client::who(HTTP)).context("a pod asks its node's nodePort")?;
+    ensure!(answer.backend == remote.name, "{answer:?}");
+    Ok(())
+}
+
+/// A client would wait for its own time-out where "connection refused" is the answer.
+#[test]
+fn a_node_port_without_endpoints_refuses_at_once() -> Result<()> {
+    for xdp in [false, true] {
+        let (scenario, _) = start(Backends::Local, PodNetwork::Bridged, xdp, 1)?;
+        let empty = Service::new("empty", Ipv4Addr::new(10, 96, 0, 11)).tcp("http", 80, 1).node_port(30_600);
+        scenario.publish(&empty, [])?;
+        let started = Instant::now();
+        let attempt =
+            scenario.cluster.client.run(|| std::net::TcpStream::connect_timeout(&at(NODE, 30_600), client::LIMIT));
+        let error = attempt.err().context("a connection was accepted")?;
+        ensure!(error.kind() == std::io::ErrorKind::ConnectionRefused, "XDP {xdp}: {error}");
+        ensure!(started.elapsed() < Duration::from_millis(500), "XDP {xdp}: it took {:?}", started.elapsed());
+    }
+    Ok(())
+}
+
+/// Services that aren't ours to balance (ssh, the kubelet) would break with Sheave on the uplink.
+#[test]
+fn what_is_no_service_is_left_alone() -> Result<()> {
+    for xdp in [false, true] {
+        let (scenario, _) = start(Backends::Local, PodNetwork::Bridged, xdp, 1)?;
+        let node = scenario.node();
+        let _server = server::Server::start(&node.namespace, "the-node")?;
+        let answers = client::who_many(Some(&scenario.cluster.client), at(NODE, server::WHO), 500, 2);
+        answers.all_answered()?;
+        let own = IpAddr::from(CLIENT);
+        ensure!(answers.seen.iter().eq([&own]), "the node saw {:?}", answers.seen);
+        scenario.cluster.client.run(|| client::ask_udp(at(NODE, server::UDP), "ping"))?;
+        scenario.cluster.client.run(|| Conversation::open(at(NODE, server::ECHO))?.transfer(1_000_000))?;
+        let (from, to) = (scenario.pod(1, 1), scenario.pod(2, 1));
+        from.namespace.run(|| client::who(at(to.address, server::WHO))).context("pod to pod")?;
+    }
+    Ok(())
+}
+
+/// A client of a Service's address from outside the cluster, with a route to it through a node, would get no answer.
+#[test]
+fn a_client_outside_reaches_a_cluster_ip_through_the_node() -> Result<()> {
+    for backends in ALL {
+        let (scenario, _) = start(backends, PodNetwork::Bridged, false, 2)?;
+        let answers = client::who_many(Some(&scenario.cluster.client), at(WEB, 80), 200, 2);
+        answers.all_answered().with_context(|| format!("{backends:?}"))?;
+    }
+    Ok(())
+}
