@@ -1,8 +1,11 @@
 //! The clusters of the tests, before any Sheave runs in them: if these fail, no other namespace test means anything.
 
 use anyhow::{Result, ensure};
+use sheave_tests::cgroup::Cgroup;
 use sheave_tests::client::{self, Conversation, at};
 use sheave_tests::manifests::{Endpoint, Manifests, Service};
+use sheave_tests::netns::Namespace;
+use sheave_tests::process::{Process, built};
 use sheave_tests::server::{self, Server};
 use sheave_tests::topology::{CLIENT, Cluster, NodeNetwork, PodNetwork, Shape};
 
@@ -76,5 +79,54 @@ fn manifests_are_written_whole_and_removed() -> Result<()> {
     let folder = manifests.path().to_owned();
     drop(manifests);
     ensure!(!folder.exists(), "{} is left behind", folder.display());
+    Ok(())
+}
+
+/// Tests that measure with these tools would fail for want of the tools.
+#[test]
+fn iperf_curl_and_raw_sockets_work_in_namespaces() -> Result<()> {
+    let cluster = Cluster::build(Shape { pod_counts: [2, 0], ..Shape::default() })?;
+    let [client, backend] = [&cluster.nodes[0].pods[0], &cluster.nodes[0].pods[1]];
+    let moved = server::iperf(&backend.namespace, &client.namespace, at(backend.address, 5201), 100_000_000)?;
+    ensure!(moved >= 99_000_000, "only {moved} bytes arrived");
+
+    let mut server = Server::start(&backend.namespace, &backend.name)?;
+    server.start_http(&backend.namespace, &backend.name)?;
+    let url = format!("http://{}:{}/?[1-3]", backend.address, server::HTTP);
+    let said = client.namespace.output("curl", &["-sS", "-H", "Connection: close", &url])?;
+    let line = format!("{} {}:", backend.name, client.address);
+    ensure!(said.lines().count() == 3 && said.lines().all(|said| said.starts_with(&line)), "curl got {said}");
+
+    let sniffer = backend.namespace.run(server::raw_udp)?;
+    let port = client.namespace.run(|| -> Result<u16> {
+        let socket = client::udp_without_checksum()?;
+        socket.connect(at(backend.address, server::UDP))?;
+        client::ask_udp_with(&socket, "ping")?;
+        Ok(socket.local_addr()?.port())
+    })?;
+    ensure!(sniffer.checksum_from(port)? == 0, "SO_NO_CHECK had no effect");
+    Ok(())
+}
+
+/// Tests of host processes would run in the wrong cgroup or leave it behind.
+#[test]
+fn a_process_runs_in_a_cgroup_of_its_own() -> Result<()> {
+    let (cgroup, namespace) = (Cgroup::new()?, Namespace::new("host")?);
+    let path = cgroup.path().to_owned();
+    let _server = Server::start(&namespace, "host")?;
+    let mut command = namespace.command(built("probe")?);
+    cgroup.adopt(&mut command);
+    command.args(["tcp", &format!("127.0.0.1:{}", server::WHO), "10"]);
+    let output = Process::start("probe", &mut command)?.finish(client::LIMIT)?;
+    let answers: client::Answers = serde_json::from_str(&output)?;
+    ensure!(answers.total() == 10, "{output}");
+
+    let mut command = namespace.command("cat");
+    cgroup.adopt(&mut command);
+    let own = Process::start("cat", command.arg("/proc/self/cgroup"))?.finish(client::LIMIT)?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    ensure!(own.contains(name.as_ref()), "the process is in {own}, not in {name}");
+    drop(cgroup);
+    ensure!(!path.exists(), "{} is left behind", path.display());
     Ok(())
 }
