@@ -29,6 +29,10 @@ pub mod flags {
     pub const LOCAL: u32 = 1 << 0;
     /// The endpoint is terminating and still serving.
     pub const TERMINATING: u32 = 1 << 1;
+    /// The backend is in its service port's cluster set.
+    pub const IN_CLUSTER_SET: u32 = 1 << 2;
+    /// The backend is in its service port's local set.
+    pub const IN_LOCAL_SET: u32 = 1 << 3;
 }
 
 crate::layout::layout!(Backend<Ipv4Address>, size 24, {

@@ -2,62 +2,90 @@
 //! says. Programs never return "accept": other people's programs on the same hook still run.
 #![no_std]
 #![no_main]
+#![expect(unreachable_pub, reason = "a program has no API; `pub` marks what its modules share")]
+#![expect(missing_docs, reason = "the entry points are made by macros, which drop their documentation")]
 
+mod balance;
+mod conntrack;
+mod context;
+mod create;
+mod edge;
+mod features;
+mod forward;
+mod icmp;
 mod maps;
+mod observe;
+mod packet;
+mod reject;
+mod route;
+mod socket;
+mod translate;
+mod versioned;
 
-use aya_ebpf::bindings::{TC_ACT_UNSPEC, xdp_action};
 use aya_ebpf::macros::{cgroup_sock_addr, classifier, xdp};
 use aya_ebpf::programs::{SockAddrContext, TcContext, XdpContext};
 
+use crate::balance::Origin;
+use crate::packet::ethernet;
+
+/// EtherType IPv4 in the width of `__sk_buff::protocol`.
+const PROTOCOL_IPV4: u32 = ethernet::TYPE_IPV4_BE as u32;
+/// Offset of the network header on devices without a link-layer header.
+const NO_HEADER: u32 = 0;
+
+/// tc entry points: name => function of `edge`, offset of the network header, origin.
 macro_rules! tc {
-    ($($name:ident => $function:expr;)+) => {
+    ($($name:ident => $function:ident($network:expr, $origin:expr);)+) => {
         $(
             #[classifier]
             pub fn $name(ctx: TcContext) -> i32 {
-                $function(&ctx)
+                // SAFETY: the kernel's context is valid while the program runs.
+                let (protocol, tagged) = unsafe { ((*ctx.skb.skb).protocol, (*ctx.skb.skb).vlan_present) };
+                if protocol != PROTOCOL_IPV4 || tagged != 0 {
+                    return aya_ebpf::bindings::TC_ACT_UNSPEC;
+                }
+                edge::$function(&ctx, $network, $origin).tc_action()
             }
         )+
     };
-}
-
-fn pass(_ctx: &TcContext) -> i32 {
-    TC_ACT_UNSPEC
 }
 
 tc! {
-    pod_ingress => pass;
-    pod_egress => pass;
-    uplink_ingress => pass;
-    uplink_egress => pass;
-    uplink_ingress_l3 => pass;
-    uplink_egress_l3 => pass;
+    pod_ingress => ingress(ethernet::LENGTH, Origin::Inside);
+    pod_egress => egress(ethernet::LENGTH, Origin::Inside);
+    uplink_ingress => ingress(ethernet::LENGTH, Origin::Outside);
+    uplink_egress => egress(ethernet::LENGTH, Origin::Outside);
+    uplink_ingress_l3 => ingress(NO_HEADER, Origin::Outside);
+    uplink_egress_l3 => egress(NO_HEADER, Origin::Outside);
 }
 
 #[xdp]
-pub fn uplink_xdp(_ctx: XdpContext) -> u32 {
-    xdp_action::XDP_PASS
+pub fn uplink_xdp(ctx: XdpContext) -> u32 {
+    match context::Context::load::<ethernet::Header>(&ctx, 0) {
+        Some(header) if header.ether_type_be == ethernet::TYPE_IPV4_BE => {
+            edge::ingress(&ctx, ethernet::LENGTH, Origin::Outside).xdp_action()
+        }
+        _ => aya_ebpf::bindings::xdp_action::XDP_PASS,
+    }
 }
 
+/// cgroup entry points: name, hook => function of `socket`.
 macro_rules! sock_addr {
-    ($($name:ident $attach:ident => $function:expr;)+) => {
+    ($($name:ident $hook:ident => $function:ident;)+) => {
         $(
-            #[cgroup_sock_addr($attach)]
+            #[cgroup_sock_addr($hook)]
             pub fn $name(ctx: SockAddrContext) -> i32 {
-                $function(&ctx)
+                socket::$function(&ctx)
             }
         )+
     };
 }
 
-fn allow(_ctx: &SockAddrContext) -> i32 {
-    1
-}
-
 sock_addr! {
-    sock_connect4 connect4 => allow;
-    sock_sendmsg4 sendmsg4 => allow;
-    sock_recvmsg4 recvmsg4 => allow;
-    sock_getpeername4 getpeername4 => allow;
+    sock_connect4 connect4 => connect4;
+    sock_sendmsg4 sendmsg4 => sendmsg4;
+    sock_recvmsg4 recvmsg4 => show_frontend4;
+    sock_getpeername4 getpeername4 => show_frontend4;
 }
 
 #[panic_handler]

@@ -12,7 +12,7 @@ use sheave_common::frontend::{Frontend, FrontendKey};
 use sheave_common::interface::Interface;
 use sheave_common::service_name::ServiceName;
 use sheave_common::socket::{SocketKey, SocketPeer};
-use sheave_common::{Ipv4Address, Ipv6Address};
+use sheave_common::{Address, Ipv4Address, Ipv6Address};
 
 /// BPF_F_NO_PREALLOC: memory as entries come; for maps that only the controller writes.
 const NO_PREALLOC: usize = 1;
@@ -58,4 +58,171 @@ maps! {
     SERVICE_COUNTERS = "service_counters": PerCpuArray<ServiceCounter, SERVICES>;
     DROP_COUNTERS = "drop_counters": PerCpuArray<u64, DROP_COUNTER_COUNT>;
     REJECT_BUDGET = "reject_budget": PerCpuArray<RejectBudget, 1>;
+}
+
+/// Which of the two flow maps.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Table {
+    /// `conntrack4/6`
+    Established,
+    /// `half_open4/6`
+    HalfOpen,
+}
+
+/// An address family's maps behind one set of names, so that everything above is written once.
+pub trait Family: Address {
+    /// A frontend's element.
+    fn frontend(key: &FrontendKey<Self>) -> Option<*const Frontend>;
+    /// A backend's element.
+    fn backend(id: u32) -> Option<*const Backend<Self>>;
+    /// A flow's element.
+    fn flow(table: Table, key: &FlowKey<Self>) -> Option<*mut Flow<Self>>;
+    /// Inserts a flow; `flags` are the kernel's BPF_ANY or BPF_NOEXIST.
+    fn insert_flow(table: Table, key: &FlowKey<Self>, flow: &Flow<Self>, flags: u64) -> Result<(), i32>;
+    /// Removes a flow, if it is there.
+    fn remove_flow(table: Table, key: &FlowKey<Self>);
+    /// A client's affinity.
+    fn affinity(key: &AffinityKey<Self>) -> Option<*const Affinity>;
+    /// Remembers a client's backend.
+    fn insert_affinity(key: &AffinityKey<Self>, affinity: &Affinity);
+    /// What an unconnected socket chose for a frontend.
+    fn socket_backend(key: &SocketKey<Self>) -> Option<*const SocketPeer<Self>>;
+    /// Remembers that.
+    fn insert_socket_backend(key: &SocketKey<Self>, peer: &SocketPeer<Self>) -> Result<(), i32>;
+    /// Which frontend a socket's backend stands for.
+    fn socket_frontend(key: &SocketKey<Self>) -> Option<*const SocketPeer<Self>>;
+    /// Remembers that.
+    fn insert_socket_frontend(key: &SocketKey<Self>, peer: &SocketPeer<Self>) -> Result<(), i32>;
+    /// The source of hairpin packets.
+    fn hairpin(config: &Config) -> Self;
+    /// This node's own address: the affinity key of its processes.
+    fn node(config: &Config) -> Self;
+    /// The SNAT source of an interface.
+    fn source(interface: &Interface) -> Self;
+}
+
+/// BPF_ANY: insert or replace.
+pub const ANY: u64 = 0;
+/// BPF_NOEXIST: insert only if absent.
+pub const NOEXIST: u64 = 1;
+
+macro_rules! family {
+    ($address:ty, $frontends:ident, $backends:ident, $conntrack:ident, $half_open:ident, $affinity:ident,
+     $sock_forward:ident, $sock_reverse:ident, $hairpin:ident, $node:ident, $source:ident) => {
+        impl Family for $address {
+            #[inline(always)]
+            fn frontend(key: &FrontendKey<Self>) -> Option<*const Frontend> {
+                $frontends.get_ptr(key)
+            }
+
+            #[inline(always)]
+            fn backend(id: u32) -> Option<*const Backend<Self>> {
+                $backends.get_ptr(id)
+            }
+
+            #[inline(always)]
+            fn flow(table: Table, key: &FlowKey<Self>) -> Option<*mut Flow<Self>> {
+                match table {
+                    Table::Established => $conntrack.get_ptr_mut(key),
+                    Table::HalfOpen => $half_open.get_ptr_mut(key),
+                }
+            }
+
+            #[inline(always)]
+            fn insert_flow(table: Table, key: &FlowKey<Self>, flow: &Flow<Self>, flags: u64) -> Result<(), i32> {
+                match table {
+                    Table::Established => $conntrack.insert(key, flow, flags),
+                    Table::HalfOpen => $half_open.insert(key, flow, flags),
+                }
+            }
+
+            #[inline(always)]
+            fn remove_flow(table: Table, key: &FlowKey<Self>) {
+                // Removing what another CPU has just removed is no error.
+                let _ = match table {
+                    Table::Established => $conntrack.remove(key),
+                    Table::HalfOpen => $half_open.remove(key),
+                };
+            }
+
+            #[inline(always)]
+            fn affinity(key: &AffinityKey<Self>) -> Option<*const Affinity> {
+                $affinity.get_ptr(key)
+            }
+
+            #[inline(always)]
+            fn insert_affinity(key: &AffinityKey<Self>, affinity: &Affinity) {
+                // An LRU map makes room; if it can't, the client's next connection is a fresh choice.
+                let _ = $affinity.insert(key, affinity, ANY);
+            }
+
+            #[inline(always)]
+            fn socket_backend(key: &SocketKey<Self>) -> Option<*const SocketPeer<Self>> {
+                $sock_forward.get_ptr(key)
+            }
+
+            #[inline(always)]
+            fn insert_socket_backend(key: &SocketKey<Self>, peer: &SocketPeer<Self>) -> Result<(), i32> {
+                $sock_forward.insert(key, peer, ANY)
+            }
+
+            #[inline(always)]
+            fn socket_frontend(key: &SocketKey<Self>) -> Option<*const SocketPeer<Self>> {
+                $sock_reverse.get_ptr(key)
+            }
+
+            #[inline(always)]
+            fn insert_socket_frontend(key: &SocketKey<Self>, peer: &SocketPeer<Self>) -> Result<(), i32> {
+                $sock_reverse.insert(key, peer, ANY)
+            }
+
+            #[inline(always)]
+            fn hairpin(config: &Config) -> Self {
+                config.$hairpin
+            }
+
+            #[inline(always)]
+            fn node(config: &Config) -> Self {
+                config.$node
+            }
+
+            #[inline(always)]
+            fn source(interface: &Interface) -> Self {
+                interface.$source
+            }
+        }
+    };
+}
+
+family!(
+    Ipv4Address,
+    FRONTENDS4,
+    BACKENDS4,
+    CONNTRACK4,
+    HALF_OPEN4,
+    AFFINITY4,
+    SOCK_FORWARD4,
+    SOCK_REVERSE4,
+    hairpin4,
+    node4,
+    source4
+);
+family!(
+    Ipv6Address,
+    FRONTENDS6,
+    BACKENDS6,
+    CONNTRACK6,
+    HALF_OPEN6,
+    AFFINITY6,
+    SOCK_FORWARD6,
+    SOCK_REVERSE6,
+    hairpin6,
+    node6,
+    source6
+);
+
+/// The configuration; `None` only if the verifier's view of an array were true.
+#[inline(always)]
+pub fn config() -> Option<&'static Config> {
+    CONFIG.get(0)
 }

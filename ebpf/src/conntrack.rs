@@ -1,0 +1,213 @@
+//! Flows: finding them, keeping their state, and making them.
+
+use sheave_common::config::Config;
+use sheave_common::flow::{Flow, FlowKey, closing, flags, state};
+use sheave_common::{PROTOCOL_TCP, PROTOCOL_UDP};
+
+use crate::maps::{ANY, Family, NOEXIST, Table};
+use crate::packet::Packet;
+use crate::packet::transport::flags as tcp;
+
+/// Whether a flow has been idle for longer than its state allows.
+#[inline(always)]
+pub fn expired<A>(flow: &Flow<A>, protocol: u8, now: u32, config: &Config) -> bool {
+    let timeouts = &config.timeouts;
+    let timeout = if protocol == PROTOCOL_UDP {
+        if flow.state == state::ESTABLISHED { timeouts.udp_established } else { timeouts.udp_new }
+    } else if flow.closing & closing::RESET != 0 {
+        timeouts.reset
+    } else if flow.closing != 0 {
+        timeouts.closing
+    } else if flow.state == state::ESTABLISHED {
+        timeouts.established
+    } else {
+        timeouts.syn
+    };
+    now.wrapping_sub(flow.last_seen) > timeout
+}
+
+/// Whether a flow's connection is over: reset, or closed by both sides.
+#[inline(always)]
+pub fn closed<A>(flow: &Flow<A>) -> bool {
+    const BOTH: u8 = closing::CLIENT_FIN | closing::BACKEND_FIN;
+    flow.closing & closing::RESET != 0 || flow.closing & BOTH == BOTH
+}
+
+/// Finds the flow of a packet and keeps its state up to date. `None` is a miss, which includes flows that no longer count:
+/// expired ones, a SYN's flow that is closing or has lost its backend, and a UDP flow that has lost its backend.
+///
+/// The flow is a copy: the element may be evicted and reused at any time.
+#[inline(always)]
+pub fn find<A: Family>(packet: &Packet<A>, now: u32, config: &Config) -> Option<Flow<A>> {
+    let key = &packet.key;
+    if let Some(element) = A::flow(Table::Established, key) {
+        // SAFETY: a map value stays readable while the program runs.
+        let flow = unsafe { element.read_volatile() };
+        if !counts(&flow, packet, now, config) {
+            return None;
+        }
+        keep(element, &flow, packet, now, Table::Established);
+        return Some(flow);
+    }
+    if key.protocol != PROTOCOL_TCP {
+        return None;
+    }
+    let element = A::flow(Table::HalfOpen, key)?;
+    // SAFETY: as above.
+    let flow = unsafe { element.read_volatile() };
+    if !counts(&flow, packet, now, config) {
+        return None;
+    }
+    keep(element, &flow, packet, now, Table::HalfOpen);
+    Some(flow)
+}
+
+/// Whether a flow still counts for this packet.
+#[inline(always)]
+fn counts<A: Family>(flow: &Flow<A>, packet: &Packet<A>, now: u32, config: &Config) -> bool {
+    if expired(flow, packet.key.protocol, now, config) {
+        return false;
+    }
+    let opens =
+        if packet.key.protocol == PROTOCOL_TCP { packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN } else { true };
+    if flow.flags & flags::REPLY != 0 || !opens {
+        return true;
+    }
+    flow.closing == 0 && A::backend(flow.backend_id).is_some()
+}
+
+/// Writes what a packet changes in its flow. Most packets change nothing: `last_seen` moves once a second.
+#[inline(always)]
+fn keep<A: Family>(element: *mut Flow<A>, flow: &Flow<A>, packet: &Packet<A>, now: u32, table: Table) {
+    let reply = flow.flags & flags::REPLY != 0;
+    let mut state = flow.state;
+    let mut closing = flow.closing;
+    if packet.key.protocol == PROTOCOL_UDP {
+        if reply {
+            state = state::ESTABLISHED;
+        }
+    } else {
+        if packet.tcp_flags & tcp::RST != 0 {
+            closing |= closing::RESET;
+        }
+        if packet.tcp_flags & tcp::FIN != 0 {
+            closing |= if reply { closing::BACKEND_FIN } else { closing::CLIENT_FIN };
+        }
+        if table == Table::HalfOpen {
+            if reply && packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK && state == state::NEW {
+                state = state::ANSWERED;
+            } else if !reply && packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::ACK && state == state::ANSWERED {
+                state = state::ESTABLISHED;
+            }
+        }
+    }
+    if state != flow.state || closing != flow.closing || now != flow.last_seen {
+        let mut changed = *flow;
+        changed.state = state;
+        changed.closing = closing;
+        changed.last_seen = now;
+        change(element, &changed, &packet.key, table);
+    }
+}
+
+/// Writes a change to both halves, recreates a half that was evicted, and moves a flow whose handshake is complete to
+/// the established map.
+#[inline(never)]
+fn change<A: Family>(element: *mut Flow<A>, flow: &Flow<A>, key: &FlowKey<A>, table: Table) {
+    let sibling_key = flow.sibling_key(key);
+    let sibling = flow.sibling(key);
+    if table == Table::HalfOpen && flow.state == state::ESTABLISHED {
+        // The established map first: a packet that comes between the two steps finds one or the other.
+        if A::insert_flow(Table::Established, key, flow, ANY).is_ok()
+            && A::insert_flow(Table::Established, &sibling_key, &sibling, ANY).is_ok()
+        {
+            A::remove_flow(Table::HalfOpen, key);
+            A::remove_flow(Table::HalfOpen, &sibling_key);
+            return;
+        }
+    }
+    // SAFETY: a map value stays writable memory while the program runs; each field is a whole word or byte.
+    unsafe { write(element, flow) };
+    match A::flow(table, &sibling_key) {
+        Some(other) => {
+            // SAFETY: as above.
+            unsafe {
+                // Only a true mirror is touched: after a port was reused the other half may belong to another flow.
+                let names_this = (*other).sibling_key(&sibling_key).tuple == key.tuple;
+                if names_this {
+                    write(other, flow);
+                }
+            }
+        }
+        None => {
+            // The half was evicted. Losing this race, or having no room, only means that the next second tries again.
+            let _ = A::insert_flow(table, &sibling_key, &sibling, NOEXIST);
+        }
+    }
+}
+
+/// Writes the fields that change in a flow's life.
+///
+/// # Safety
+///
+/// `element` is a map value of this program run.
+#[inline(always)]
+unsafe fn write<A>(element: *mut Flow<A>, flow: &Flow<A>) {
+    // SAFETY: by the caller's promise the pointer is a map value.
+    unsafe {
+        (&raw mut (*element).last_seen).write_volatile(flow.last_seen);
+        (&raw mut (*element).state).write_volatile(flow.state);
+        (&raw mut (*element).closing).write_volatile(flow.closing);
+    }
+}
+
+/// Whether a reply key is free for a new flow with this forward key: nobody has it, or what has it is this client's own
+/// earlier flow, or over. What is in the way and over is removed.
+///
+/// `keep_closed`: flows that are closed but not yet expired count as taken, so that a backend which still remembers the
+/// old connection (TIME-WAIT) does not get a new one on the same tuple.
+#[inline(always)]
+pub fn claim<A: Family>(
+    reply: &FlowKey<A>,
+    forward: &FlowKey<A>,
+    keep_closed: bool,
+    now: u32,
+    config: &Config,
+) -> bool {
+    vacate(Table::Established, reply, forward, keep_closed, now, config)
+        && (reply.protocol != PROTOCOL_TCP || vacate(Table::HalfOpen, reply, forward, keep_closed, now, config))
+}
+
+#[inline(always)]
+fn vacate<A: Family>(
+    table: Table,
+    reply: &FlowKey<A>,
+    forward: &FlowKey<A>,
+    keep_closed: bool,
+    now: u32,
+    config: &Config,
+) -> bool {
+    let Some(element) = A::flow(table, reply) else { return true };
+    // SAFETY: a map value stays readable while the program runs.
+    let flow = unsafe { element.read_volatile() };
+    let own = flow.rewrite == forward.tuple.reversed();
+    if own || expired(&flow, reply.protocol, now, config) || (!keep_closed && closed(&flow)) {
+        A::remove_flow(table, reply);
+        return true;
+    }
+    false
+}
+
+/// Inserts both halves of a new flow; the reply key has been claimed. False if another CPU was faster or there is no room.
+#[inline(always)]
+pub fn insert<A: Family>(forward: &FlowKey<A>, flow: &Flow<A>) -> bool {
+    let table = if forward.protocol == PROTOCOL_TCP { Table::HalfOpen } else { Table::Established };
+    if A::insert_flow(table, &flow.sibling_key(forward), &flow.sibling(forward), NOEXIST).is_err() {
+        return false;
+    }
+    if table == Table::HalfOpen {
+        // A stale established flow of the same client port would hide the new one.
+        A::remove_flow(Table::Established, forward);
+    }
+    A::insert_flow(table, forward, flow, ANY).is_ok()
+}

@@ -1,0 +1,29 @@
+//! XDP and tc packets behind one trait, so that parsing, translation and forwarding are written once.
+
+mod skb;
+mod xdp;
+
+use core::ffi::c_void;
+
+/// A packet under a program.
+pub trait Context {
+    /// The packet is an XDP frame: what can't be finished here goes up to tc untouched.
+    const XDP: bool;
+
+    /// The kernel's context.
+    fn as_ptr(&self) -> *mut c_void;
+    /// Interface that the program runs on.
+    fn ifindex(&self) -> u32;
+    /// Bytes of the whole packet, link-layer header included.
+    fn length(&self) -> u32;
+    /// Bytes of payload in each segment of a GSO packet; 0 if it isn't one.
+    fn segment_payload(&self) -> u32;
+    /// Reads at an offset from the frame's start.
+    fn load<T: Copy>(&self, offset: u32) -> Option<T>;
+    /// Writes at an offset; `None` if that failed.
+    fn store<T>(&self, offset: u32, value: &T) -> Option<()>;
+    /// Adjusts an IPv4 header checksum for data that changed by `difference` (a one's-complement sum).
+    fn adjust_header_checksum(&self, offset: u32, difference: u64) -> Option<()>;
+    /// Adjusts a TCP, UDP or ICMP checksum. `pseudo`: the data is part of the pseudo-header. `udp`: 0 means none.
+    fn adjust_checksum(&self, offset: u32, difference: u64, pseudo: bool, udp: bool) -> Option<()>;
+}

@@ -1,0 +1,69 @@
+//! tc: packets are socket buffers. The checksum helpers know about partial and complete checksums, so they are used
+//! throughout; direct stores to checksum fields would break offloads.
+
+use core::ffi::c_void;
+
+use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::programs::TcContext;
+
+use super::Context;
+
+/// A one's-complement sum folded to 32 bits, as the checksum helpers take it.
+#[inline(always)]
+fn fold32(sum: u64) -> u64 {
+    let sum = (sum >> 32) + (sum & 0xffff_ffff);
+    ((sum >> 32) + sum) & 0xffff_ffff
+}
+
+impl Context for TcContext {
+    const XDP: bool = false;
+
+    #[inline(always)]
+    fn as_ptr(&self) -> *mut c_void {
+        aya_ebpf::EbpfContext::as_ptr(self).cast()
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        // SAFETY: the kernel's context is valid while the program runs.
+        unsafe { (*self.skb.skb).ifindex }
+    }
+
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        self.len()
+    }
+
+    #[inline(always)]
+    fn segment_payload(&self) -> u32 {
+        // SAFETY: the kernel's context is valid while the program runs.
+        unsafe { (*self.skb.skb).gso_size }
+    }
+
+    #[inline(always)]
+    fn load<T: Copy>(&self, offset: u32) -> Option<T> {
+        self.skb.load(offset as usize).ok()
+    }
+
+    #[inline(always)]
+    fn store<T>(&self, offset: u32, value: &T) -> Option<()> {
+        self.skb.store(offset as usize, value, 0).ok()
+    }
+
+    #[inline(always)]
+    fn adjust_header_checksum(&self, offset: u32, difference: u64) -> Option<()> {
+        self.skb.l3_csum_replace(offset as usize, 0, fold32(difference), 0).ok()
+    }
+
+    #[inline(always)]
+    fn adjust_checksum(&self, offset: u32, difference: u64, pseudo: bool, udp: bool) -> Option<()> {
+        let mut flags = 0;
+        if pseudo {
+            flags |= u64::from(BPF_F_PSEUDO_HDR);
+        }
+        if udp {
+            flags |= u64::from(BPF_F_MARK_MANGLED_0);
+        }
+        self.skb.l4_csum_replace(offset as usize, 0, fold32(difference), flags).ok()
+    }
+}

@@ -1,0 +1,70 @@
+//! XDP: packets are frames in driver memory, checksums are final, and every access is bounds-checked.
+
+use core::ffi::c_void;
+
+use aya_ebpf::programs::XdpContext;
+use sheave_common::checksum;
+
+use super::Context;
+
+/// A pointer into the frame, if `T` fits there.
+#[inline(always)]
+fn at<T>(ctx: &XdpContext, offset: u32) -> Option<*mut T> {
+    let start = ctx.data() + offset as usize;
+    if start + size_of::<T>() > ctx.data_end() {
+        return None;
+    }
+    Some(start as *mut T)
+}
+
+impl Context for XdpContext {
+    const XDP: bool = true;
+
+    #[inline(always)]
+    fn as_ptr(&self) -> *mut c_void {
+        aya_ebpf::EbpfContext::as_ptr(self).cast()
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        // SAFETY: the kernel's context is valid while the program runs.
+        unsafe { (*self.ctx).ingress_ifindex }
+    }
+
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        (self.data_end() - self.data()) as u32
+    }
+
+    #[inline(always)]
+    fn segment_payload(&self) -> u32 {
+        0
+    }
+
+    #[inline(always)]
+    fn load<T: Copy>(&self, offset: u32) -> Option<T> {
+        // SAFETY: `at` checked that the frame holds a whole T there; packet memory may be unaligned.
+        at::<T>(self, offset).map(|pointer| unsafe { pointer.read_unaligned() })
+    }
+
+    #[inline(always)]
+    fn store<T>(&self, offset: u32, value: &T) -> Option<()> {
+        // SAFETY: `at` checked that the frame holds a whole T there, and the copy is by bytes.
+        at::<T>(self, offset).map(|pointer| unsafe {
+            core::ptr::copy_nonoverlapping(core::ptr::from_ref(value).cast::<u8>(), pointer.cast(), size_of::<T>())
+        })
+    }
+
+    #[inline(always)]
+    fn adjust_header_checksum(&self, offset: u32, difference: u64) -> Option<()> {
+        let old: u16 = self.load(offset)?;
+        self.store(offset, &checksum::update(old, difference))
+    }
+
+    #[inline(always)]
+    fn adjust_checksum(&self, offset: u32, difference: u64, _pseudo: bool, udp: bool) -> Option<()> {
+        let old: u16 = self.load(offset)?;
+        let new = if udp { checksum::update_udp(old, difference) } else { checksum::update(old, difference) };
+        self.store(offset, &new)
+    }
+}

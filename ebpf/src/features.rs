@@ -1,0 +1,33 @@
+//! What the running kernel can do, as a constant that the loader sets before loading: the verifier then removes the
+//! branches that an older kernel would refuse.
+
+/// `BPF_FIB_LOOKUP_SRC` exists (kernel 6.7).
+pub const FIB_SOURCE: u32 = 1 << 0;
+/// `bpf_set_retval` exists (kernel 5.18).
+pub const SET_RETVAL: u32 = 1 << 1;
+/// `bpf_ktime_get_coarse_ns` exists (kernel 5.11).
+pub const COARSE_CLOCK: u32 = 1 << 2;
+
+#[unsafe(no_mangle)]
+static FEATURES: u32 = 0;
+
+/// Whether the kernel has a feature.
+#[inline(always)]
+pub fn has(feature: u32) -> bool {
+    // SAFETY: reads a static; volatile, because the loader replaces the value that the compiler sees.
+    unsafe { core::ptr::read_volatile(&raw const FEATURES) & feature != 0 }
+}
+
+/// Seconds of CLOCK_MONOTONIC.
+#[inline(always)]
+pub fn now() -> u32 {
+    // SAFETY: the helpers take no arguments.
+    let nanoseconds = unsafe {
+        if has(COARSE_CLOCK) {
+            aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns()
+        } else {
+            aya_ebpf::helpers::generated::bpf_ktime_get_ns()
+        }
+    };
+    (nanoseconds / 1_000_000_000) as u32
+}

@@ -1,0 +1,127 @@
+//! Sending a translated packet on without the stack: by route (SNAT to another node, and its replies), or back into the
+//! veth that it came from (hairpin).
+//!
+//! Every packet that leaves here has had its TTL decremented, except a hairpin, which leaves by the only interface that
+//! it can and whose rewritten tuple matches no flow there; so no packet can circle.
+
+use aya_ebpf::bindings::bpf_redir_neigh;
+use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh};
+use sheave_common::flow::Flow;
+use sheave_common::interface::flags as interface_flags;
+use sheave_common::{DropReason, Ipv4Address};
+
+use crate::context::Context;
+use crate::edge::Verdict;
+use crate::maps::INTERFACES_MAP;
+use crate::packet::{Packet, ethernet};
+use crate::reject;
+use crate::route::{self, NoRoute, Route};
+use crate::translate;
+
+/// AF_INET
+const AF_INET: u32 = 2;
+
+/// Translates a TCP or UDP packet and sends it on by route.
+#[inline(always)]
+pub fn by_route<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, flow: &Flow<Ipv4Address>) -> Verdict {
+    let route = match checked_route(ctx, packet, &flow.rewrite) {
+        Ok(route) => route,
+        Err(verdict) => return verdict,
+    };
+    if C::XDP && !xdp_can_send(ctx, &route) {
+        return Verdict::Pass;
+    }
+    if translate::rewrite(ctx, packet, &flow.rewrite, true).is_none() {
+        return Verdict::Drop(DropReason::RewriteFailed);
+    }
+    send(ctx, &route)
+}
+
+/// The route of a packet after its rewrite; TTL and MTU are checked, and answered where they don't allow it.
+#[inline(always)]
+pub fn checked_route<C: Context>(
+    ctx: &C,
+    packet: &Packet<Ipv4Address>,
+    rewrite: &sheave_common::flow::Tuple<Ipv4Address>,
+) -> Result<Route, Verdict> {
+    if packet.ttl <= 1 {
+        return Err(if C::XDP { Verdict::Pass } else { reject::time_exceeded(ctx, packet) });
+    }
+    let length = segment_length(ctx, packet);
+    match route::find(ctx, rewrite, packet.key.protocol, length) {
+        Ok(route) => Ok(route),
+        Err(_) if C::XDP => Err(Verdict::Pass),
+        Err(NoRoute::TooBig(mtu)) => Err(reject::too_big(ctx, packet, mtu)),
+        Err(NoRoute::Unreachable) => Err(Verdict::Drop(DropReason::NoRoute)),
+    }
+}
+
+/// Bytes of the packet from the network header on, or of one of its segments if it is a GSO packet.
+#[inline(always)]
+fn segment_length<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>) -> u32 {
+    let payload = ctx.segment_payload();
+    if payload == 0 {
+        return packet.length;
+    }
+    let transport = match ctx.load::<crate::packet::transport::Tcp>(packet.transport) {
+        Some(tcp) if packet.key.protocol == sheave_common::PROTOCOL_TCP => u32::from(tcp.data_offset >> 4) * 4,
+        _ => crate::packet::transport::UDP_LENGTH,
+    };
+    packet.transport - packet.network + transport + payload
+}
+
+/// Sends a rewritten packet.
+#[inline(always)]
+pub fn send<C: Context>(ctx: &C, route: &Route) -> Verdict {
+    if C::XDP {
+        let header = ethernet::Header {
+            destination: route.destination_mac,
+            source: route.source_mac,
+            ether_type_be: ethernet::TYPE_IPV4_BE,
+        };
+        if ctx.store(0, &header).is_none() {
+            return Verdict::Drop(DropReason::RewriteFailed);
+        }
+        if route.ifindex == ctx.ifindex() {
+            return Verdict::Transmit;
+        }
+        // SAFETY: the helper takes scalars only.
+        return Verdict::Action(unsafe { bpf_redirect(route.ifindex, 0) } as i32);
+    }
+    // SAFETY: all-zero bytes are a valid value of this plain C struct.
+    let mut next_hop: bpf_redir_neigh = unsafe { core::mem::zeroed() };
+    next_hop.nh_family = AF_INET;
+    next_hop.__bindgen_anon_1.ipv4_nh = route.next_hop.be_word();
+    // SAFETY: the struct is as long as is said.
+    let action =
+        unsafe { bpf_redirect_neigh(route.ifindex, &raw mut next_hop, size_of::<bpf_redir_neigh>() as i32, 0) };
+    Verdict::Action(action as i32)
+}
+
+/// XDP sends only to interfaces that run its program too, and only to neighbours that are known; tc does the rest.
+#[inline(always)]
+fn xdp_can_send<C: Context>(ctx: &C, route: &Route) -> bool {
+    if !route.resolved {
+        return false;
+    }
+    if route.ifindex == ctx.ifindex() {
+        return true;
+    }
+    // SAFETY: a map value stays readable while the program runs.
+    unsafe { INTERFACES_MAP.get(route.ifindex) }.is_some_and(|interface| interface.flags & interface_flags::XDP != 0)
+}
+
+/// Swaps the MAC addresses and sends the packet out of the interface that it came in by.
+#[inline(always)]
+pub fn back<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>) -> Verdict {
+    if packet.network != ethernet::LENGTH {
+        return Verdict::Drop(DropReason::HairpinUnsupported);
+    }
+    let Some(header) = ctx.load::<ethernet::Header>(0) else { return Verdict::Drop(DropReason::RewriteFailed) };
+    let swapped = [header.source, header.destination];
+    if ctx.store(0, &swapped).is_none() {
+        return Verdict::Drop(DropReason::RewriteFailed);
+    }
+    // SAFETY: the helper takes scalars only.
+    Verdict::Action(unsafe { bpf_redirect(ctx.ifindex(), 0) } as i32)
+}

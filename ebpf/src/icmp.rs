@@ -1,0 +1,137 @@
+//! ICMP errors about translated flows: the packet that an error quotes is turned back into what its sender sent, and the
+//! error goes where that sender is. So path-MTU discovery works through a Service.
+//!
+//! The outer addresses follow the same rule as netfilter's: the destination is always the quoted packet's sender, the
+//! source changes only where the flow rewrites the source of packets in the error's own direction.
+
+use sheave_common::checksum::{self, difference};
+use sheave_common::flow::{Flow, FlowKey, Tuple, flags};
+use sheave_common::{DropReason, Ipv4Address, PROTOCOL_TCP, PROTOCOL_UDP};
+
+use crate::context::Context;
+use crate::edge::{Direction, Verdict};
+use crate::maps::{Family, Table};
+use crate::packet::{Packet, ipv4, transport};
+use crate::{forward, observe, translate};
+
+/// Bytes of an ICMP error's header.
+const LENGTH: u32 = 8;
+/// Offset of the checksum in it.
+const CHECKSUM: u32 = 2;
+/// Type of a redirect.
+const REDIRECT: u8 = 5;
+
+/// The first eight bytes of a quoted TCP or UDP packet.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Ports {
+    source_be: u16,
+    destination_be: u16,
+    rest: [u8; 4],
+}
+
+/// Translates an ICMP error if it is about a flow of this edge; else passes it.
+#[inline(always)]
+pub fn error<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, direction: Direction) -> Verdict {
+    let inner = packet.transport + LENGTH;
+    let Some(kind) = ctx.load::<u8>(packet.transport) else { return Verdict::Pass };
+    let Some(quoted) = ctx.load::<ipv4::Header>(inner) else { return Verdict::Pass };
+    if quoted.version_and_length != 0x45 || quoted.fragment_be & 0x1fff_u16.to_be() != 0 {
+        return Verdict::Pass;
+    }
+    if !translate::translated(quoted.protocol) {
+        return Verdict::Pass;
+    }
+    let inner_transport = inner + ipv4::LENGTH;
+    let Some(ports) = ctx.load::<Ports>(inner_transport) else { return Verdict::Pass };
+    let old = Tuple {
+        source: quoted.source,
+        destination: quoted.destination,
+        source_port_be: ports.source_be,
+        destination_port_be: ports.destination_be,
+    };
+    // The error travels against the quoted packet, so it belongs to the flow of packets in its own direction.
+    let key = FlowKey::new(old.reversed(), quoted.protocol, packet.key.edge);
+    let Some(flow) = find(&key) else { return Verdict::Pass };
+    if !direction.applies(flow.flags) {
+        return Verdict::Pass;
+    }
+    if kind == REDIRECT {
+        return Verdict::Drop(DropReason::IcmpRedirect);
+    }
+    let outer = Tuple {
+        source: if flow.rewrite.source == key.tuple.source && flow.flags & flags::REDIRECT == 0 {
+            packet.key.tuple.source
+        } else {
+            flow.rewrite.source
+        },
+        destination: flow.rewrite.destination,
+        ..packet.key.tuple
+    };
+    let redirected = flow.flags & flags::REDIRECT != 0;
+    let route = if redirected {
+        match forward::checked_route(ctx, packet, &outer) {
+            Ok(route) => Some(route),
+            Err(verdict) => return verdict,
+        }
+    } else {
+        None
+    };
+    let changed = translate::address_difference(&packet.key.tuple, &outer);
+    let done = quote(ctx, packet.transport, inner, &quoted, &old, &flow.rewrite.reversed())
+        .and_then(|()| translate::rewrite_addresses(ctx, packet, &outer, redirected, changed));
+    if done.is_none() {
+        return Verdict::Drop(DropReason::RewriteFailed);
+    }
+    observe::packet(flow.service_id, packet.length);
+    match route {
+        Some(route) => forward::send(ctx, &route),
+        None if flow.flags & flags::HAIRPIN != 0 => forward::back(ctx, packet),
+        None => Verdict::Pass,
+    }
+}
+
+/// The flow that an error is about, whatever its state.
+#[inline(always)]
+fn find<A: Family>(key: &FlowKey<A>) -> Option<Flow<A>> {
+    let element = match A::flow(Table::Established, key) {
+        Some(element) => element,
+        None if key.protocol == PROTOCOL_TCP => A::flow(Table::HalfOpen, key)?,
+        None => return None,
+    };
+    // SAFETY: a map value stays readable while the program runs.
+    Some(unsafe { element.read_volatile() })
+}
+
+/// Rewrites the quoted packet from tuple `old` to `new`, with its header checksum and, where it is quoted, its transport
+/// checksum; the ICMP checksum follows.
+#[inline(always)]
+fn quote<C: Context>(
+    ctx: &C,
+    icmp: u32,
+    inner: u32,
+    quoted: &ipv4::Header,
+    old: &Tuple<Ipv4Address>,
+    new: &Tuple<Ipv4Address>,
+) -> Option<()> {
+    let addresses = translate::address_difference(old, new);
+    let (old_ports, new_ports) = (translate::ports_word(old), translate::ports_word(new));
+    let ports = difference(old_ports, new_ports);
+    let header_checksum = checksum::update(quoted.checksum, addresses);
+    ctx.store(inner + ipv4::ADDRESSES, &[new.source, new.destination])?;
+    ctx.store(inner + ipv4::CHECKSUM, &header_checksum)?;
+    ctx.store(inner + ipv4::LENGTH, &new_ports)?;
+    let mut total = addresses + difference(u32::from(quoted.checksum), u32::from(header_checksum)) + ports;
+    let udp = quoted.protocol == PROTOCOL_UDP;
+    let offset = inner + ipv4::LENGTH + if udp { transport::UDP_CHECKSUM } else { transport::TCP_CHECKSUM };
+    if let Some(before) = ctx.load::<u16>(offset) {
+        let after = if udp {
+            checksum::update_udp(before, addresses + ports)
+        } else {
+            checksum::update(before, addresses + ports)
+        };
+        ctx.store(offset, &after)?;
+        total += difference(u32::from(before), u32::from(after));
+    }
+    ctx.adjust_checksum(icmp + CHECKSUM, total, false, false)
+}

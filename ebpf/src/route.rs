@@ -1,0 +1,113 @@
+//! Where the kernel would send a packet: `bpf_fib_lookup`.
+
+use aya_ebpf::bindings::{
+    BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_SRC,
+    bpf_fib_lookup as Parameters,
+};
+use aya_ebpf::helpers::generated::bpf_fib_lookup;
+use sheave_common::flow::Tuple;
+use sheave_common::{DropReason, Ipv4Address};
+
+use crate::context::Context;
+use crate::features;
+use crate::maps::{Family as _, INTERFACES_MAP};
+
+/// AF_INET
+const AF_INET: u8 = 2;
+
+/// A route that was found.
+pub struct Route {
+    /// Interface that the packet leaves by.
+    pub ifindex: u32,
+    /// Next hop's address, for resolving the neighbour.
+    pub next_hop: Ipv4Address,
+    /// The neighbour is known, and `source_mac` and `destination_mac` are filled.
+    pub resolved: bool,
+    /// MAC address of the interface.
+    pub source_mac: [u8; 6],
+    /// MAC address of the next hop.
+    pub destination_mac: [u8; 6],
+}
+
+/// No route that the packet can take.
+pub enum NoRoute {
+    /// The packet is larger than this MTU.
+    TooBig(u32),
+    /// None at all, or the input interface does not forward.
+    Unreachable,
+}
+
+/// Route of a packet with this (rewritten) tuple. `length` is its size from the network header on, for a GSO packet that
+/// of one segment; 0 leaves the MTU unchecked.
+#[inline(always)]
+pub fn find<C: Context>(ctx: &C, tuple: &Tuple<Ipv4Address>, protocol: u8, length: u32) -> Result<Route, NoRoute> {
+    let mut parameters = parameters(ctx, tuple, protocol);
+    parameters.__bindgen_anon_1.tot_len = length as u16;
+    match lookup(ctx, &mut parameters, 0) {
+        BPF_FIB_LKUP_RET_SUCCESS => Ok(route(&parameters, true)),
+        BPF_FIB_LKUP_RET_NO_NEIGH => Ok(route(&parameters, false)),
+        // SAFETY: the kernel wrote this member of the union.
+        BPF_FIB_LKUP_RET_FRAG_NEEDED => {
+            Err(NoRoute::TooBig(u32::from(unsafe { parameters.__bindgen_anon_1.mtu_result })))
+        }
+        _ => Err(NoRoute::Unreachable),
+    }
+}
+
+/// Address that packets with this tuple's destination should be SNATed to: the egress interface's, so that the reply
+/// takes the same road back.
+#[inline(always)]
+pub fn source<C: Context>(ctx: &C, tuple: &Tuple<Ipv4Address>, protocol: u8) -> Result<Ipv4Address, DropReason> {
+    let mut parameters = parameters(ctx, tuple, protocol);
+    let flags = if features::has(features::FIB_SOURCE) { BPF_FIB_LOOKUP_SRC } else { 0 };
+    match lookup(ctx, &mut parameters, flags) {
+        BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => {}
+        _ => return Err(DropReason::NoRoute),
+    }
+    // With a resolved neighbour the kernel reports the source; without one it leaves the packet's own.
+    // SAFETY: the union member that every IPv4 lookup uses.
+    let chosen = Ipv4Address::from_be_word(unsafe { parameters.__bindgen_anon_3.ipv4_src });
+    if features::has(features::FIB_SOURCE) && chosen != tuple.source {
+        return Ok(chosen);
+    }
+    // SAFETY: a map value stays readable while the program runs, and an address is one word.
+    let configured = unsafe { INTERFACES_MAP.get(parameters.ifindex) }.map(Ipv4Address::source);
+    match configured {
+        Some(address) if address.be_word() != 0 => Ok(address),
+        _ => Err(DropReason::NoSourceAddress),
+    }
+}
+
+#[inline(always)]
+fn parameters<C: Context>(ctx: &C, tuple: &Tuple<Ipv4Address>, protocol: u8) -> Parameters {
+    // SAFETY: all-zero bytes are a valid value of this plain C struct.
+    let mut parameters: Parameters = unsafe { core::mem::zeroed() };
+    parameters.family = AF_INET;
+    parameters.l4_protocol = protocol;
+    parameters.sport = tuple.source_port_be;
+    parameters.dport = tuple.destination_port_be;
+    parameters.ifindex = ctx.ifindex();
+    parameters.__bindgen_anon_3.ipv4_src = tuple.source.be_word();
+    parameters.__bindgen_anon_4.ipv4_dst = tuple.destination.be_word();
+    parameters
+}
+
+#[inline(always)]
+fn lookup<C: Context>(ctx: &C, parameters: &mut Parameters, flags: u32) -> u32 {
+    // SAFETY: the context is the program's own, and the parameters are as long as is said.
+    let result = unsafe { bpf_fib_lookup(ctx.as_ptr(), parameters, size_of::<Parameters>() as i32, flags) };
+    // Errors are negative and match no answer.
+    result as u32
+}
+
+#[inline(always)]
+fn route(parameters: &Parameters, resolved: bool) -> Route {
+    Route {
+        ifindex: parameters.ifindex,
+        // SAFETY: the kernel wrote the next hop to the destination's member of the union.
+        next_hop: Ipv4Address::from_be_word(unsafe { parameters.__bindgen_anon_4.ipv4_dst }),
+        resolved,
+        source_mac: parameters.smac,
+        destination_mac: parameters.dmac,
+    }
+}

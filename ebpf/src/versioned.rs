@@ -1,0 +1,55 @@
+//! Reading elements that the controller replaces while programs run.
+//!
+//! The kernel may recycle a replaced hash element at once, while a reader on another CPU still holds its pointer. So a
+//! reader copies the value, looks the key up again, and accepts the copy only if the element found then is equal to it
+//! word by word. The version at a value's start is unique over all writes, so equality means that it is the same write:
+//! a copy that mixes two writes, or that is another key's, can't be equal to what the second lookup finds.
+
+use sheave_common::DropReason;
+use sheave_common::backend::Backend;
+use sheave_common::frontend::{Frontend, FrontendKey};
+
+use crate::maps::Family;
+
+/// How often a read is tried before the packet is given up.
+const ATTEMPTS: u32 = 4;
+
+/// Copies an element's value; `Ok(None)` if the key is absent.
+#[inline(always)]
+fn read<V: Copy>(lookup: impl Fn() -> Option<*const V>) -> Result<Option<V>, DropReason> {
+    for _ in 0..ATTEMPTS {
+        let Some(first) = lookup() else { return Ok(None) };
+        // SAFETY: a map value stays readable memory while the program runs, whatever it is reused for.
+        let copy = unsafe { first.read_volatile() };
+        let Some(second) = lookup() else { continue };
+        if same(&raw const copy, second) {
+            return Ok(Some(copy));
+        }
+    }
+    Err(DropReason::Contended)
+}
+
+/// Compares two values word by word.
+#[inline(always)]
+fn same<V>(left: *const V, right: *const V) -> bool {
+    let (left, right) = (left.cast::<u64>(), right.cast::<u64>());
+    for word in 0..size_of::<V>() / 8 {
+        // SAFETY: both values are 8-byte aligned and a multiple of 8 bytes long (asserted in `sheave_common`).
+        if unsafe { left.add(word).read_volatile() != right.add(word).read_volatile() } {
+            return false;
+        }
+    }
+    true
+}
+
+/// A frontend, whole.
+#[inline(always)]
+pub fn frontend<A: Family>(key: &FrontendKey<A>) -> Result<Option<Frontend>, DropReason> {
+    read(|| A::frontend(key))
+}
+
+/// A backend, whole.
+#[inline(always)]
+pub fn backend<A: Family>(id: u32) -> Result<Option<Backend<A>>, DropReason> {
+    read(|| A::backend(id))
+}
