@@ -6,7 +6,7 @@ use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::backend::{self, Backend};
 use sheave_common::frontend::{BackendSet, Frontend, FrontendKey, flags};
 
-use crate::maps::{BACKEND_TABLE, Family};
+use crate::maps::{self, BACKEND_TABLE, Family};
 use crate::versioned;
 
 /// How often a choice starts again when the set changed under it.
@@ -22,6 +22,7 @@ pub enum Origin {
 }
 
 /// A chosen backend.
+#[derive(Clone, Copy)]
 pub struct Choice<A: Family> {
     /// Its id.
     pub id: u32,
@@ -42,7 +43,22 @@ fn set(frontend: &Frontend, origin: Origin) -> (BackendSet, bool) {
 
 /// Chooses a backend for a new connection to the frontend `key` and remembers it where the service has affinity.
 #[inline(always)]
-pub fn choose<A: Family>(key: &FrontendKey<A>, origin: Origin, client: A, now: u32) -> Result<Choice<A>, DropReason> {
+pub fn choose<A: Family>(key: &FrontendKey<A>, origin: Origin, client: &A, now: u32) -> Result<Choice<A>, DropReason> {
+    let mut choice = core::mem::MaybeUninit::uninit();
+    choose_into(key, origin, client, now, &mut choice)?;
+    // SAFETY: `choose_into` fills it whenever it succeeds.
+    Ok(unsafe { choice.assume_init() })
+}
+
+/// A function of its own in the kernel too: new connections are rare enough, and the caller's stack is short.
+#[inline(never)]
+fn choose_into<A: Family>(
+    key: &FrontendKey<A>,
+    origin: Origin,
+    client: &A,
+    now: u32,
+    choice: &mut core::mem::MaybeUninit<Choice<A>>,
+) -> Result<(), DropReason> {
     for _ in 0..ATTEMPTS {
         let frontend = versioned::frontend(key)?.ok_or(DropReason::BackendMissing)?;
         let (set, local) = set(&frontend, origin);
@@ -51,10 +67,11 @@ pub fn choose<A: Family>(key: &FrontendKey<A>, origin: Origin, client: A, now: u
             return Err(if nowhere { DropReason::NoEndpoint } else { DropReason::NoLocalEndpoint });
         }
         if frontend.affinity_seconds != 0
-            && let Some(choice) = remembered(&frontend, client, local, now)
+            && let Some(known) = remembered(&frontend, *client, local, now)
         {
-            remember(&frontend, client, choice.id, now);
-            return Ok(choice);
+            remember(&frontend, *client, known.id, now);
+            choice.write(known);
+            return Ok(());
         }
         // SAFETY: the helper takes no arguments.
         let random = unsafe { bpf_get_prandom_u32() };
@@ -66,9 +83,10 @@ pub fn choose<A: Family>(key: &FrontendKey<A>, origin: Origin, client: A, now: u
             && backend.service_id == frontend.service_id
         {
             if frontend.affinity_seconds != 0 {
-                remember(&frontend, client, id, now);
+                remember(&frontend, *client, id, now);
             }
-            return Ok(Choice { id, backend });
+            choice.write(Choice { id, backend });
+            return Ok(());
         }
     }
     Err(DropReason::BackendMissing)
@@ -79,7 +97,7 @@ pub fn choose<A: Family>(key: &FrontendKey<A>, origin: Origin, client: A, now: u
 fn remembered<A: Family>(frontend: &Frontend, client: A, local: bool, now: u32) -> Option<Choice<A>> {
     let key = AffinityKey { service_id: frontend.service_id, client };
     // SAFETY: a map value stays readable while the program runs; what is read is checked below.
-    let affinity = unsafe { A::affinity(&key)?.read_volatile() };
+    let affinity = unsafe { maps::copy(A::affinity(&key)?) };
     if now.wrapping_sub(affinity.last_new_connection) >= frontend.affinity_seconds {
         return None;
     }

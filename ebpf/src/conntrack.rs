@@ -1,10 +1,12 @@
 //! Flows: finding them, keeping their state, and making them.
 
+use core::mem::MaybeUninit;
+
 use sheave_common::config::Config;
 use sheave_common::flow::{Flow, FlowKey, closing, flags, state};
 use sheave_common::{PROTOCOL_TCP, PROTOCOL_UDP};
 
-use crate::maps::{ANY, Family, NOEXIST, Table};
+use crate::maps::{self, ANY, Family, NOEXIST, Table};
 use crate::packet::Packet;
 use crate::packet::transport::flags as tcp;
 
@@ -38,28 +40,33 @@ pub fn closed<A>(flow: &Flow<A>) -> bool {
 ///
 /// The flow is a copy: the element may be evicted and reused at any time.
 #[inline(always)]
-pub fn find<A: Family>(packet: &Packet<A>, now: u32, config: &Config) -> Option<Flow<A>> {
+pub fn find<A: Family>(packet: &Packet<A>, now: u32) -> Option<Flow<A>> {
+    let mut flow = MaybeUninit::uninit();
+    // SAFETY: `find_into` fills it whenever it says so.
+    find_into(packet, now, &mut flow).then(|| unsafe { flow.assume_init() })
+}
+
+/// A function of its own in the kernel too: what it needs of the stack is free again when the packet is translated.
+#[inline(never)]
+fn find_into<A: Family>(packet: &Packet<A>, now: u32, result: &mut MaybeUninit<Flow<A>>) -> bool {
+    let Some(config) = maps::config() else { return false };
     let key = &packet.key;
-    if let Some(element) = A::flow(Table::Established, key) {
-        // SAFETY: a map value stays readable while the program runs.
-        let flow = unsafe { element.read_volatile() };
-        if !counts(&flow, packet, now, config) {
-            return None;
-        }
-        keep(element, &flow, packet, now, Table::Established);
-        return Some(flow);
-    }
-    if key.protocol != PROTOCOL_TCP {
-        return None;
-    }
-    let element = A::flow(Table::HalfOpen, key)?;
-    // SAFETY: as above.
-    let flow = unsafe { element.read_volatile() };
+    let (element, table) = match A::flow(Table::Established, key) {
+        Some(element) => (element, Table::Established),
+        None if key.protocol == PROTOCOL_TCP => match A::flow(Table::HalfOpen, key) {
+            Some(element) => (element, Table::HalfOpen),
+            None => return false,
+        },
+        None => return false,
+    };
+    // SAFETY: a map value stays readable while the program runs.
+    let flow = unsafe { maps::copy(element) };
     if !counts(&flow, packet, now, config) {
-        return None;
+        return false;
     }
-    keep(element, &flow, packet, now, Table::HalfOpen);
-    Some(flow)
+    keep(element, &flow, packet, now, table);
+    result.write(flow);
+    true
 }
 
 /// Whether a flow still counts for this packet.
@@ -161,45 +168,36 @@ unsafe fn write<A>(element: *mut Flow<A>, flow: &Flow<A>) {
     }
 }
 
-/// Whether a reply key is free for a new flow with this forward key: nobody has it, or what has it is this client's own
-/// earlier flow, or over. What is in the way and over is removed.
+/// Whether the reply tuple of a new flow is free: nobody has it, or what has it is this client's own earlier flow, or over.
+/// What is in the way and over is removed.
 ///
 /// `keep_closed`: flows that are closed but not yet expired count as taken, so that a backend which still remembers the
 /// old connection (TIME-WAIT) does not get a new one on the same tuple.
 #[inline(always)]
-pub fn claim<A: Family>(
-    reply: &FlowKey<A>,
-    forward: &FlowKey<A>,
-    keep_closed: bool,
-    now: u32,
-    config: &Config,
-) -> bool {
-    vacate(Table::Established, reply, forward, keep_closed, now, config)
-        && (reply.protocol != PROTOCOL_TCP || vacate(Table::HalfOpen, reply, forward, keep_closed, now, config))
+pub fn claim<A: Family>(forward: &FlowKey<A>, flow: &Flow<A>, keep_closed: bool, now: u32) -> bool {
+    vacate(Table::Established, forward, flow, keep_closed, now)
+        && (forward.protocol != PROTOCOL_TCP || vacate(Table::HalfOpen, forward, flow, keep_closed, now))
 }
 
-#[inline(always)]
-fn vacate<A: Family>(
-    table: Table,
-    reply: &FlowKey<A>,
-    forward: &FlowKey<A>,
-    keep_closed: bool,
-    now: u32,
-    config: &Config,
-) -> bool {
-    let Some(element) = A::flow(table, reply) else { return true };
+/// [`claim`] for one map. A function of its own in the kernel too, for its stack.
+#[inline(never)]
+fn vacate<A: Family>(table: Table, forward: &FlowKey<A>, flow: &Flow<A>, keep_closed: bool, now: u32) -> bool {
+    let Some(config) = maps::config() else { return false };
+    let reply = flow.sibling_key(forward);
+    let Some(element) = A::flow(table, &reply) else { return true };
     // SAFETY: a map value stays readable while the program runs.
-    let flow = unsafe { element.read_volatile() };
-    let own = flow.rewrite == forward.tuple.reversed();
-    if own || expired(&flow, reply.protocol, now, config) || (!keep_closed && closed(&flow)) {
-        A::remove_flow(table, reply);
+    let other = unsafe { maps::copy(element) };
+    let own = other.rewrite == forward.tuple.reversed();
+    if own || expired(&other, reply.protocol, now, config) || (!keep_closed && closed(&other)) {
+        A::remove_flow(table, &reply);
         return true;
     }
     false
 }
 
 /// Inserts both halves of a new flow; the reply key has been claimed. False if another CPU was faster or there is no room.
-#[inline(always)]
+/// A function of its own in the kernel too, for its stack.
+#[inline(never)]
 pub fn insert<A: Family>(forward: &FlowKey<A>, flow: &Flow<A>) -> bool {
     let table = if forward.protocol == PROTOCOL_TCP { Table::HalfOpen } else { Table::Established };
     if A::insert_flow(table, &flow.sibling_key(forward), &flow.sibling(forward), NOEXIST).is_err() {

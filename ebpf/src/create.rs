@@ -1,15 +1,16 @@
 //! Making a flow for the first packet of a connection: choosing a backend, deciding on SNAT, and claiming a reply tuple.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use sheave_common::backend::flags as backend_flags;
-use sheave_common::config::Config;
-use sheave_common::flow::{Flow, FlowKey, Tuple, flags, state};
+use sheave_common::flow::{Flow, Tuple, flags, state};
 use sheave_common::frontend::FrontendKey;
 use sheave_common::{DropReason, Ipv4Address};
 
 use crate::balance::{self, Origin};
 use crate::context::Context;
-use crate::maps::Family;
+use crate::maps::{self, Family};
 use crate::packet::Packet;
 use crate::{conntrack, observe, route};
 
@@ -19,27 +20,29 @@ const PORT_ATTEMPTS: u32 = 24;
 const POLITE_ATTEMPTS: u32 = 16;
 
 /// Makes the flow of a packet to a frontend and inserts both halves.
-#[inline(always)]
+/// `result` is filled if it succeeds. A function of its own in the kernel too, so that its stack is not the fast path's.
+#[inline(never)]
 pub fn flow<C: Context>(
     ctx: &C,
     packet: &Packet<Ipv4Address>,
     origin: Origin,
     now: u32,
-    config: &Config,
-) -> Result<Flow<Ipv4Address>, DropReason> {
+    result: &mut MaybeUninit<Flow<Ipv4Address>>,
+) -> Result<(), DropReason> {
+    let config = maps::config().ok_or(DropReason::RewriteFailed)?;
     let key = &packet.key;
-    let client = key.tuple.source;
+    let client = &key.tuple.source;
     let frontend = FrontendKey::new(key.tuple.destination, key.tuple.destination_port_be, key.protocol);
     let choice = balance::choose(&frontend, origin, client, now)?;
     let backend = &choice.backend;
     let mut rewrite = Tuple {
-        source: client,
+        source: *client,
         destination: backend.address,
         source_port_be: key.tuple.source_port_be,
         destination_port_be: backend.port_be,
     };
     let mut flow_flags = 0;
-    if origin == Origin::Inside && backend.address == client {
+    if origin == Origin::Inside && backend.address == *client {
         rewrite.source = Ipv4Address::hairpin(config);
         flow_flags = flags::HAIRPIN;
     } else if origin == Origin::Outside && backend.flags & backend_flags::LOCAL == 0 {
@@ -58,36 +61,25 @@ pub fn flow<C: Context>(
     };
     // SNAT to an address of this node must not use a client's port number, which may be a local socket's; elsewhere the
     // port moves only if another flow has the tuple.
-    let moved = flow_flags & flags::REDIRECT != 0;
-    if (!moved && try_insert(key, &flow, false, now, config)) || try_ports(key, &mut flow, now, config) {
-        observe::connection(flow.service_id);
-        return Ok(flow);
-    }
-    Err(DropReason::SnatPortsExhausted)
-}
-
-/// Inserts a flow under its present rewrite, if the reply tuple is free.
-#[inline(always)]
-fn try_insert<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, keep_closed: bool, now: u32, config: &Config) -> bool {
-    conntrack::claim(&flow.sibling_key(key), key, keep_closed, now, config) && conntrack::insert(key, flow)
-}
-
-/// Tries source ports of the configured range from a random one on.
-#[inline(never)]
-fn try_ports<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, now: u32, config: &Config) -> bool {
     let first = u32::from(config.snat_port_first);
-    let range = u32::from(config.snat_port_last).wrapping_sub(first) + 1;
+    let range = u32::from(config.snat_port_last).wrapping_sub(first).wrapping_add(1);
     if range == 0 || range > 65_536 {
-        return false;
+        return Err(DropReason::SnatPortsExhausted);
     }
     // SAFETY: the helper takes no arguments.
     let start = unsafe { bpf_get_prandom_u32() };
     for attempt in 0..PORT_ATTEMPTS {
-        let port = first + start.wrapping_add(attempt) % range;
-        flow.rewrite.source_port_be = (port as u16).to_be();
-        if try_insert(key, flow, attempt < POLITE_ATTEMPTS, now, config) {
-            return true;
+        let moved = attempt > 0 || flow.flags & flags::REDIRECT != 0;
+        if moved {
+            let port = first + start.wrapping_add(attempt) % range;
+            flow.rewrite.source_port_be = (port as u16).to_be();
+        }
+        let keep_closed = moved && attempt < POLITE_ATTEMPTS;
+        if conntrack::claim(key, &flow, keep_closed, now) && conntrack::insert(key, &flow) {
+            observe::connection(flow.service_id);
+            result.write(flow);
+            return Ok(());
         }
     }
-    false
+    Err(DropReason::SnatPortsExhausted)
 }

@@ -1,10 +1,12 @@
 //! The four lines of "the one idea", for XDP and tc alike: parse, look up, decide, apply.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::bindings::TC_ACT_SHOT;
-use sheave_common::config::{Config, flags as config_flags};
-use sheave_common::flow::{EDGE_UPLINK, Flow, FlowKey, Tuple, flags};
+use sheave_common::config::flags as config_flags;
+use sheave_common::flow::{EDGE_UPLINK, Flow, flags};
 use sheave_common::frontend::{FrontendKey, flags as frontend_flags};
-use sheave_common::{Address as _, DropReason, Ipv4Address, PROTOCOL_TCP};
+use sheave_common::{DropReason, Ipv4Address, PROTOCOL_TCP};
 
 use crate::balance::Origin;
 use crate::context::Context;
@@ -18,7 +20,7 @@ use crate::{conntrack, create, features, forward, icmp, observe, reject, transla
 pub enum Verdict {
     /// Other programs and the stack go on with it, translated or not.
     Pass,
-    /// It ends here.
+    /// It ends here, and is counted.
     Drop(DropReason),
     /// The action that a helper returned (redirects).
     Action(i32),
@@ -48,7 +50,7 @@ impl Direction {
 /// A packet that enters from a pod, or from an uplink or tunnel.
 #[inline(always)]
 pub fn ingress<C: Context>(ctx: &C, network: u32, origin: Origin) -> Verdict {
-    let mut packet = blank();
+    let mut packet = Packet::blank();
     match ipv4::parse(ctx, network, edge(ctx, origin), &mut packet) {
         Kind::Transport => {}
         _ if C::XDP => return Verdict::Pass,
@@ -63,25 +65,31 @@ pub fn ingress<C: Context>(ctx: &C, network: u32, origin: Origin) -> Verdict {
         Kind::Fragment => return unsupported(&packet, DropReason::Fragment),
         Kind::Other => return unsupported(&packet, DropReason::UnsupportedProtocol),
     }
-    let Some(config) = maps::config() else { return Verdict::Pass };
     let now = features::now();
-    if let Some(flow) = conntrack::find(&packet, now, config) {
-        return if Direction::Ingress.applies(flow.flags) { apply(ctx, &packet, &flow) } else { Verdict::Pass };
-    }
-    miss(ctx, &packet, origin, now, config)
+    let flow = match conntrack::find(&packet, now) {
+        Some(flow) => flow,
+        None => {
+            let mut flow = MaybeUninit::uninit();
+            match miss(ctx, &packet, origin, now, &mut flow) {
+                // SAFETY: `miss` fills it whenever it says so.
+                CREATED => unsafe { flow.assume_init() },
+                verdict => return Verdict::from_bits(verdict),
+            }
+        }
+    };
+    if Direction::Ingress.applies(flow.flags) { apply(ctx, &packet, &flow) } else { Verdict::Pass }
 }
 
 /// A packet that leaves to a pod, or by an uplink or tunnel. Frontends are never looked at, flows never made.
 #[inline(always)]
 pub fn egress<C: Context>(ctx: &C, network: u32, origin: Origin) -> Verdict {
-    let mut packet = blank();
+    let mut packet = Packet::blank();
     match ipv4::parse(ctx, network, edge(ctx, origin), &mut packet) {
         Kind::Transport => {}
         Kind::IcmpError => return icmp::error(ctx, &packet, Direction::Egress),
         _ => return Verdict::Pass,
     }
-    let Some(config) = maps::config() else { return Verdict::Pass };
-    match conntrack::find(&packet, features::now(), config) {
+    match conntrack::find(&packet, features::now()) {
         Some(flow) if Direction::Egress.applies(flow.flags) => apply(ctx, &packet, &flow),
         _ => Verdict::Pass,
     }
@@ -107,9 +115,53 @@ fn apply<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, flow: &Flow<Ipv4Addr
     if flow.flags & flags::HAIRPIN != 0 { forward::back(ctx, packet) } else { Verdict::Pass }
 }
 
-/// A packet that no flow knows: a new connection if it goes to a frontend, nothing to do with us otherwise.
+/// What a packet that no flow knows comes to, as a verdict's bits or [`CREATED`]: a new connection if it goes to a frontend,
+/// nothing to do with us otherwise. A function of its own in the kernel too, so that its stack is not the fast path's.
+#[inline(never)]
+fn miss<C: Context>(
+    ctx: &C,
+    packet: &Packet<Ipv4Address>,
+    origin: Origin,
+    now: u32,
+    flow: &mut MaybeUninit<Flow<Ipv4Address>>,
+) -> u64 {
+    let verdict = match classify(packet) {
+        Unknown::New => match create::flow(ctx, packet, origin, now, flow) {
+            Ok(()) => return CREATED,
+            Err(_) if C::XDP => Verdict::Pass,
+            Err(DropReason::NoEndpoint) => reject::port_unreachable(ctx, packet, DropReason::NoEndpoint),
+            Err(reason) => Verdict::Drop(reason),
+        },
+        Unknown::Foreign => Verdict::Pass,
+        _ if C::XDP => Verdict::Pass,
+        Unknown::NoSuchPort => reject::port_unreachable(ctx, packet, DropReason::UnknownPort),
+        Unknown::MidFlow if draining() => Verdict::Pass,
+        Unknown::MidFlow => reject::reset(ctx, packet, DropReason::NoFlow),
+    };
+    verdict.to_bits()
+}
+
+/// What a packet is that no flow knows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Unknown {
+    /// The first packet of a connection to a frontend.
+    New,
+    /// Mid-flow TCP to a frontend.
+    MidFlow,
+    /// To a port that a service address does not have.
+    NoSuchPort,
+    /// Not ours.
+    Foreign,
+}
+
+/// Whether connections of another proxy are draining.
 #[inline(always)]
-fn miss<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, origin: Origin, now: u32, config: &Config) -> Verdict {
+fn draining() -> bool {
+    maps::config().is_some_and(|config| config.flags & config_flags::DRAIN_FOREIGN != 0)
+}
+
+#[inline(always)]
+fn classify(packet: &Packet<Ipv4Address>) -> Unknown {
     let key = &packet.key;
     let frontend = FrontendKey::new(key.tuple.destination, key.tuple.destination_port_be, key.protocol);
     // Only the flags are read, and the key decides those that matter here, so a torn value does no harm.
@@ -118,25 +170,15 @@ fn miss<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, origin: Origin, now: 
         Ipv4Address::frontend(&frontend).map(|element| unsafe { (&raw const (*element).flags).read_volatile() });
     match known {
         Some(found) if found & frontend_flags::HOST_ONLY == 0 => {}
-        _ => {
-            if C::XDP || Ipv4Address::frontend(&FrontendKey::whole_address(key.tuple.destination)).is_none() {
-                return Verdict::Pass;
-            }
-            return reject::port_unreachable(ctx, packet, DropReason::UnknownPort);
+        _ if Ipv4Address::frontend(&FrontendKey::whole_address(key.tuple.destination)).is_some() => {
+            return Unknown::NoSuchPort;
         }
+        _ => return Unknown::Foreign,
     }
     if key.protocol == PROTOCOL_TCP && packet.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN) != tcp::SYN {
-        if C::XDP || config.flags & config_flags::DRAIN_FOREIGN != 0 {
-            return Verdict::Pass;
-        }
-        return reject::reset(ctx, packet, DropReason::NoFlow);
+        return Unknown::MidFlow;
     }
-    match create::flow(ctx, packet, origin, now, config) {
-        Ok(flow) => apply(ctx, packet, &flow),
-        Err(_) if C::XDP => Verdict::Pass,
-        Err(DropReason::NoEndpoint) => reject::port_unreachable(ctx, packet, DropReason::NoEndpoint),
-        Err(reason) => Verdict::Drop(reason),
-    }
+    Unknown::New
 }
 
 /// A packet that can't be translated: it passes unless it goes to an address that is a Service's as a whole.
@@ -166,14 +208,38 @@ fn edge<C: Context>(ctx: &C, origin: Origin) -> u32 {
     }
 }
 
-#[inline(always)]
-fn blank() -> Packet<Ipv4Address> {
-    let none = Ipv4Address::UNSPECIFIED;
-    let tuple = Tuple { source: none, destination: none, source_port_be: 0, destination_port_be: 0 };
-    Packet { key: FlowKey::new(tuple, 0, 0), network: 0, transport: 0, length: 0, ttl: 0, tcp_flags: 0 }
-}
+/// How a verdict crosses a call between programs' functions, which return one register.
+const PASS: u64 = 0;
+const TRANSMIT: u64 = 1 << 32;
+const ACTION: u64 = 2 << 32;
+const DROP: u64 = 3 << 32;
+/// Not a verdict: a flow was made, and is to be applied.
+const CREATED: u64 = 4 << 32;
 
 impl Verdict {
+    /// As one register.
+    #[inline(always)]
+    pub fn to_bits(self) -> u64 {
+        match self {
+            Self::Pass => PASS,
+            Self::Transmit => TRANSMIT,
+            Self::Action(action) => ACTION | u64::from(action as u32),
+            Self::Drop(reason) => DROP | reason as u64,
+        }
+    }
+
+    /// From [`Self::to_bits`].
+    #[inline(always)]
+    pub fn from_bits(bits: u64) -> Self {
+        match bits & !0xffff_ffff {
+            PASS => Self::Pass,
+            TRANSMIT => Self::Transmit,
+            ACTION => Self::Action(bits as i32),
+            // SAFETY: `to_bits` put a reason there.
+            _ => Self::Drop(unsafe { core::mem::transmute::<u32, DropReason>(bits as u32) }),
+        }
+    }
+
     /// The tc action. "Pass" means the next program, never "accept".
     #[inline(always)]
     pub fn tc_action(self) -> i32 {

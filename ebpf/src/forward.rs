@@ -6,7 +6,7 @@
 
 use aya_ebpf::bindings::bpf_redir_neigh;
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh};
-use sheave_common::flow::Flow;
+use sheave_common::flow::{Flow, Tuple};
 use sheave_common::interface::flags as interface_flags;
 use sheave_common::{DropReason, Ipv4Address};
 
@@ -24,6 +24,17 @@ const AF_INET: u32 = 2;
 /// Translates a TCP or UDP packet and sends it on by route.
 #[inline(always)]
 pub fn by_route<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, flow: &Flow<Ipv4Address>) -> Verdict {
+    Verdict::from_bits(by_route_bits(ctx, packet, flow))
+}
+
+/// A function of its own in the kernel too, so that its stack is not that of the path to the stack.
+#[inline(never)]
+fn by_route_bits<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, flow: &Flow<Ipv4Address>) -> u64 {
+    translate_and_send(ctx, packet, flow).to_bits()
+}
+
+#[inline(always)]
+fn translate_and_send<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, flow: &Flow<Ipv4Address>) -> Verdict {
     let route = match checked_route(ctx, packet, &flow.rewrite) {
         Ok(route) => route,
         Err(verdict) => return verdict,
@@ -39,10 +50,10 @@ pub fn by_route<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, flow: &Flow<I
 
 /// The route of a packet after its rewrite; TTL and MTU are checked, and answered where they don't allow it.
 #[inline(always)]
-pub fn checked_route<C: Context>(
+fn checked_route<C: Context>(
     ctx: &C,
     packet: &Packet<Ipv4Address>,
-    rewrite: &sheave_common::flow::Tuple<Ipv4Address>,
+    rewrite: &Tuple<Ipv4Address>,
 ) -> Result<Route, Verdict> {
     if packet.ttl <= 1 {
         return Err(if C::XDP { Verdict::Pass } else { reject::time_exceeded(ctx, packet) });
@@ -63,11 +74,11 @@ fn segment_length<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>) -> u32 {
     if payload == 0 {
         return packet.length;
     }
-    let transport = match ctx.load::<crate::packet::transport::Tcp>(packet.transport) {
+    let transport = match ctx.load::<crate::packet::transport::Tcp>(packet.transport::<C>()) {
         Some(tcp) if packet.key.protocol == sheave_common::PROTOCOL_TCP => u32::from(tcp.data_offset >> 4) * 4,
         _ => crate::packet::transport::UDP_LENGTH,
     };
-    packet.transport - packet.network + transport + payload
+    packet.transport::<C>() - packet.network::<C>() + transport + payload
 }
 
 /// Sends a rewritten packet.
@@ -114,7 +125,7 @@ fn xdp_can_send<C: Context>(ctx: &C, route: &Route) -> bool {
 /// Swaps the MAC addresses and sends the packet out of the interface that it came in by.
 #[inline(always)]
 pub fn back<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>) -> Verdict {
-    if packet.network != ethernet::LENGTH {
+    if packet.network::<C>() != ethernet::LENGTH {
         return Verdict::Drop(DropReason::HairpinUnsupported);
     }
     let Some(header) = ctx.load::<ethernet::Header>(0) else { return Verdict::Drop(DropReason::RewriteFailed) };

@@ -10,9 +10,9 @@ use sheave_common::{DropReason, Ipv4Address, PROTOCOL_TCP, PROTOCOL_UDP};
 
 use crate::context::Context;
 use crate::edge::{Direction, Verdict};
-use crate::maps::{Family, Table};
+use crate::maps::{self, Family, Table};
 use crate::packet::{Packet, ipv4, transport};
-use crate::{forward, observe, translate};
+use crate::{forward, observe, route, translate};
 
 /// Bytes of an ICMP error's header.
 const LENGTH: u32 = 8;
@@ -33,8 +33,19 @@ struct Ports {
 /// Translates an ICMP error if it is about a flow of this edge; else passes it.
 #[inline(always)]
 pub fn error<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, direction: Direction) -> Verdict {
-    let inner = packet.transport + LENGTH;
-    let Some(kind) = ctx.load::<u8>(packet.transport) else { return Verdict::Pass };
+    Verdict::from_bits(error_bits(ctx, packet, direction))
+}
+
+/// A function of its own in the kernel too, so that its stack is not that of ordinary packets.
+#[inline(never)]
+fn error_bits<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, direction: Direction) -> u64 {
+    translate_error(ctx, packet, direction).to_bits()
+}
+
+#[inline(always)]
+fn translate_error<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, direction: Direction) -> Verdict {
+    let inner = packet.transport::<C>() + LENGTH;
+    let Some(kind) = ctx.load::<u8>(packet.transport::<C>()) else { return Verdict::Pass };
     let Some(quoted) = ctx.load::<ipv4::Header>(inner) else { return Verdict::Pass };
     if quoted.version_and_length != 0x45 || quoted.fragment_be & 0x1fff_u16.to_be() != 0 {
         return Verdict::Pass;
@@ -70,17 +81,21 @@ pub fn error<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, direction: Direc
     };
     let redirected = flow.flags & flags::REDIRECT != 0;
     let route = if redirected {
-        match forward::checked_route(ctx, packet, &outer) {
+        // An ICMP error is never answered with another (RFC 1122, 3.2.2).
+        if packet.ttl <= 1 {
+            return Verdict::Drop(DropReason::TtlExceeded);
+        }
+        match route::find(ctx, &outer, packet.key.protocol, packet.length) {
             Ok(route) => Some(route),
-            Err(verdict) => return verdict,
+            Err(_) => return Verdict::Drop(DropReason::NoRoute),
         }
     } else {
         None
     };
     let changed = translate::address_difference(&packet.key.tuple, &outer);
-    let done = quote(ctx, packet.transport, inner, &quoted, &old, &flow.rewrite.reversed())
-        .and_then(|()| translate::rewrite_addresses(ctx, packet, &outer, redirected, changed));
-    if done.is_none() {
+    if !rewrite_quoted(ctx, packet, quoted.protocol, &old, &flow.rewrite.reversed())
+        || translate::rewrite_addresses(ctx, packet, &outer, redirected, changed).is_none()
+    {
         return Verdict::Drop(DropReason::RewriteFailed);
     }
     observe::packet(flow.service_id, packet.length);
@@ -100,29 +115,41 @@ fn find<A: Family>(key: &FlowKey<A>) -> Option<Flow<A>> {
         None => return None,
     };
     // SAFETY: a map value stays readable while the program runs.
-    Some(unsafe { element.read_volatile() })
+    Some(unsafe { maps::copy(element) })
 }
 
 /// Rewrites the quoted packet from tuple `old` to `new`, with its header checksum and, where it is quoted, its transport
-/// checksum; the ICMP checksum follows.
+/// checksum; the ICMP checksum follows. A function of its own in the kernel too, for its stack.
+#[inline(never)]
+fn rewrite_quoted<C: Context>(
+    ctx: &C,
+    packet: &Packet<Ipv4Address>,
+    protocol: u8,
+    old: &Tuple<Ipv4Address>,
+    new: &Tuple<Ipv4Address>,
+) -> bool {
+    quoted(ctx, packet.transport::<C>(), protocol, old, new).is_some()
+}
+
 #[inline(always)]
-fn quote<C: Context>(
+fn quoted<C: Context>(
     ctx: &C,
     icmp: u32,
-    inner: u32,
-    quoted: &ipv4::Header,
+    protocol: u8,
     old: &Tuple<Ipv4Address>,
     new: &Tuple<Ipv4Address>,
 ) -> Option<()> {
+    let inner = icmp + LENGTH;
     let addresses = translate::address_difference(old, new);
     let (old_ports, new_ports) = (translate::ports_word(old), translate::ports_word(new));
     let ports = difference(old_ports, new_ports);
-    let header_checksum = checksum::update(quoted.checksum, addresses);
+    let before = ctx.load::<u16>(inner + ipv4::CHECKSUM)?;
+    let after = checksum::update(before, addresses);
     ctx.store(inner + ipv4::ADDRESSES, &[new.source, new.destination])?;
-    ctx.store(inner + ipv4::CHECKSUM, &header_checksum)?;
+    ctx.store(inner + ipv4::CHECKSUM, &after)?;
     ctx.store(inner + ipv4::LENGTH, &new_ports)?;
-    let mut total = addresses + difference(u32::from(quoted.checksum), u32::from(header_checksum)) + ports;
-    let udp = quoted.protocol == PROTOCOL_UDP;
+    let mut total = addresses + difference(u32::from(before), u32::from(after)) + ports;
+    let udp = protocol == PROTOCOL_UDP;
     let offset = inner + ipv4::LENGTH + if udp { transport::UDP_CHECKSUM } else { transport::TCP_CHECKSUM };
     if let Some(before) = ctx.load::<u16>(offset) {
         let after = if udp {

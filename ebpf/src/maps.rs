@@ -226,3 +226,23 @@ family!(
 pub fn config() -> Option<&'static Config> {
     CONFIG.get(0)
 }
+
+/// Copies a map value word by word. The element may be evicted, reused or rewritten meanwhile, so it is read exactly once,
+/// and what matters of the copy is checked or harmless.
+///
+/// # Safety
+///
+/// `element` is a value of one of this object's maps, found in this run of the program; such memory stays readable until
+/// the run ends. Map values are 8-byte aligned, made of integers, and a multiple of 4 bytes long.
+#[inline(always)]
+pub unsafe fn copy<V: Copy>(element: *const V) -> V {
+    let mut value = core::mem::MaybeUninit::<V>::uninit();
+    for word in 0..size_of::<V>() / 4 {
+        // SAFETY: by the caller's promise; both ranges hold this word.
+        unsafe {
+            value.as_mut_ptr().cast::<u32>().add(word).write(element.cast::<u32>().add(word).read_volatile());
+        }
+    }
+    // SAFETY: every word was written.
+    unsafe { value.assume_init() }
+}

@@ -3,7 +3,7 @@
 //! The answer is built on the stack, written over the packet, and sent out of the interface that the packet came in by.
 //! Its source is the packet's own destination: the service's address, as the client knows it.
 
-use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_change_tail};
+use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_redirect, bpf_skb_change_tail};
 use sheave_common::checksum::fold;
 use sheave_common::config::Config;
 use sheave_common::{DropReason, Ipv4Address, PROTOCOL_ICMP, PROTOCOL_TCP};
@@ -26,7 +26,7 @@ const TTL: u8 = 64;
 
 /// An ICMP error as it is sent.
 #[derive(Clone, Copy)]
-#[repr(C)]
+#[repr(C, align(4))]
 struct IcmpError {
     header: ipv4::Header,
     kind: u8,
@@ -39,7 +39,7 @@ struct IcmpError {
 
 /// A TCP reset as it is sent.
 #[derive(Clone, Copy)]
-#[repr(C)]
+#[repr(C, align(4))]
 struct Reset {
     header: ipv4::Header,
     tcp: Tcp,
@@ -47,7 +47,7 @@ struct Reset {
 
 /// What TCP sums besides its segment.
 #[derive(Clone, Copy)]
-#[repr(C)]
+#[repr(C, align(4))]
 struct PseudoHeader {
     source: Ipv4Address,
     destination: Ipv4Address,
@@ -73,7 +73,6 @@ pub fn too_big<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, mtu: u32) -> V
     icmp(ctx, packet, ICMP_UNREACHABLE, CODE_FRAGMENTATION_NEEDED, mtu as u16, DropReason::TooBig)
 }
 
-/// Sends an ICMP error about the packet, if the rate limit allows one.
 #[inline(always)]
 fn icmp<C: Context>(
     ctx: &C,
@@ -83,10 +82,26 @@ fn icmp<C: Context>(
     mtu: u16,
     reason: DropReason,
 ) -> Verdict {
-    if !allowed() {
-        return Verdict::Drop(DropReason::RejectLimited);
+    match send_error(ctx, packet, u16::from(kind) << 8 | u16::from(code), mtu, reason) {
+        Ok(()) => back_out(ctx),
+        Err(reason) => Verdict::Drop(reason),
     }
-    let Some(quoted) = ctx.load::<[u8; QUOTED]>(packet.network) else { return Verdict::Drop(reason) };
+}
+
+/// Turns the packet into an ICMP error about itself, if the rate limit allows one. A function of its own in the kernel too,
+/// so that its stack is not the fast path's.
+#[inline(never)]
+fn send_error<C: Context>(
+    ctx: &C,
+    packet: &Packet<Ipv4Address>,
+    kind_and_code: u16,
+    mtu: u16,
+    reason: DropReason,
+) -> Result<(), DropReason> {
+    if !allowed() {
+        return Err(DropReason::RejectLimited);
+    }
+    let [kind, code] = kind_and_code.to_be_bytes();
     let mut answer = IcmpError {
         header: header(packet, PROTOCOL_ICMP, size_of::<IcmpError>() as u16),
         kind,
@@ -94,11 +109,12 @@ fn icmp<C: Context>(
         checksum: 0,
         unused_be: 0,
         mtu_be: mtu.to_be(),
-        quoted,
+        quoted: [0; QUOTED],
     };
+    ctx.load_into(packet.network::<C>(), &mut answer.quoted).ok_or(reason)?;
     let message = size_of::<ipv4::Header>();
     answer.checksum = !fold(sum(&raw const answer, message, size_of::<IcmpError>() - message));
-    send(ctx, packet, &answer, reason)
+    replace(ctx, packet, &answer, reason)
 }
 
 /// Resets the packet's connection (RFC 9293: the reset takes its numbers from the segment that it answers).
@@ -107,14 +123,23 @@ pub fn reset<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, reason: DropReas
     if packet.tcp_flags & tcp::RST != 0 {
         return Verdict::Drop(reason);
     }
-    if !allowed() {
-        return Verdict::Drop(DropReason::RejectLimited);
+    match send_reset(ctx, packet, reason) {
+        Ok(()) => back_out(ctx),
+        Err(reason) => Verdict::Drop(reason),
     }
-    let Some(segment) = ctx.load::<Tcp>(packet.transport) else { return Verdict::Drop(reason) };
+}
+
+/// Turns the packet into a reset of its connection, if the rate limit allows one.
+#[inline(never)]
+fn send_reset<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, reason: DropReason) -> Result<(), DropReason> {
+    if !allowed() {
+        return Err(DropReason::RejectLimited);
+    }
+    let segment = ctx.load::<Tcp>(packet.transport::<C>()).ok_or(reason)?;
     let (sequence_be, acknowledgment_be, flags) = if segment.flags & tcp::ACK != 0 {
         (segment.acknowledgment_be, 0, tcp::RST)
     } else {
-        let header = packet.transport - packet.network + u32::from(segment.data_offset >> 4) * 4;
+        let header = packet.transport::<C>() - packet.network::<C>() + u32::from(segment.data_offset >> 4) * 4;
         let phantom = u32::from(segment.flags & tcp::SYN != 0) + u32::from(segment.flags & tcp::FIN != 0);
         let length = packet.length.wrapping_sub(header).wrapping_add(phantom);
         (0, u32::from_be(segment.sequence_be).wrapping_add(length).to_be(), tcp::RST | tcp::ACK)
@@ -141,7 +166,7 @@ pub fn reset<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, reason: DropReas
     };
     let segment_sum = sum(&raw const answer, size_of::<ipv4::Header>(), size_of::<Tcp>());
     answer.tcp.checksum = !fold(segment_sum + sum(&raw const pseudo, 0, size_of::<PseudoHeader>()));
-    send(ctx, packet, &answer, reason)
+    replace(ctx, packet, &answer, reason)
 }
 
 /// An IPv4 header from the packet's destination to its source.
@@ -159,39 +184,51 @@ fn header(packet: &Packet<Ipv4Address>, protocol: u8, length: u16) -> ipv4::Head
         source: packet.key.tuple.destination,
         destination: packet.key.tuple.source,
     };
-    header.checksum = !fold(sum(&raw const header, 0, size_of::<ipv4::Header>()));
+    // Summed from its words: the header is on its way into a larger struct, and a helper would need it in memory twice.
+    let words = [u16::from_ne_bytes([header.version_and_length, header.tos]), header.total_length_be];
+    let last = u16::from_ne_bytes([header.ttl, header.protocol]);
+    let addresses = u64::from(header.source.be_word()) + u64::from(header.destination.be_word());
+    header.checksum = !fold(u64::from(words[0]) + u64::from(words[1]) + u64::from(last) + addresses);
     header
 }
 
-/// One's-complement sum of `length` bytes (even) from `offset` (even) on.
+/// One's-complement sum of `length` bytes (a multiple of four) from `offset` on.
 #[inline(always)]
 fn sum<T>(value: *const T, offset: usize, length: usize) -> u64 {
-    let words = value.cast::<u16>();
-    let mut total = 0;
-    for word in offset / 2..(offset + length) / 2 {
-        // SAFETY: callers pass ranges within the value, and every value here is at least 2-byte aligned.
-        total += u64::from(unsafe { words.add(word).read() });
-    }
-    total
+    // SAFETY: callers pass ranges within the value. The helper only reads.
+    let sum = unsafe {
+        let start = value.cast::<u8>().add(offset).cast_mut().cast();
+        bpf_csum_diff(core::ptr::null_mut(), 0, start, length as u32, 0)
+    };
+    u64::from(sum as u32)
 }
 
-/// Replaces the packet by the answer and sends it back.
+/// Replaces the packet by the answer, addressed to where it came from.
 #[inline(always)]
-fn send<C: Context, T>(ctx: &C, packet: &Packet<Ipv4Address>, answer: &T, reason: DropReason) -> Verdict {
-    let length = packet.network + size_of::<T>() as u32;
+fn replace<C: Context, T>(
+    ctx: &C,
+    packet: &Packet<Ipv4Address>,
+    answer: &T,
+    reason: DropReason,
+) -> Result<(), DropReason> {
+    let length = packet.network::<C>() + size_of::<T>() as u32;
     // SAFETY: only tc packets get here (XDP passes them up), so the context is a socket buffer's.
     let resized = unsafe { bpf_skb_change_tail(ctx.as_ptr().cast(), length, 0) };
-    if resized != 0 || ctx.store(packet.network, answer).is_none() {
-        return Verdict::Drop(reason);
+    if resized != 0 {
+        return Err(reason);
     }
-    if packet.network == ethernet::LENGTH {
-        let Some(frame) = ctx.load::<ethernet::Header>(0) else { return Verdict::Drop(reason) };
-        let swapped = [frame.source, frame.destination];
-        if ctx.store(0, &swapped).is_none() {
-            return Verdict::Drop(reason);
-        }
+    ctx.store(packet.network::<C>(), answer).ok_or(reason)?;
+    if packet.network::<C>() == ethernet::LENGTH {
+        let frame = ctx.load::<ethernet::Header>(0).ok_or(reason)?;
+        ctx.store(0, &[frame.source, frame.destination]).ok_or(reason)?;
     }
     observe::count(reason);
+    Ok(())
+}
+
+/// Sends the answer out of the interface that the packet came in by.
+#[inline(always)]
+fn back_out<C: Context>(ctx: &C) -> Verdict {
     // SAFETY: the helper takes scalars only.
     Verdict::Action(unsafe { bpf_redirect(ctx.ifindex(), 0) } as i32)
 }

@@ -1,5 +1,7 @@
 //! Where the kernel would send a packet: `bpf_fib_lookup`.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_SRC,
     bpf_fib_lookup as Parameters,
@@ -41,22 +43,43 @@ pub enum NoRoute {
 /// of one segment; 0 leaves the MTU unchecked.
 #[inline(always)]
 pub fn find<C: Context>(ctx: &C, tuple: &Tuple<Ipv4Address>, protocol: u8, length: u32) -> Result<Route, NoRoute> {
-    let mut parameters = parameters(ctx, tuple, protocol);
-    parameters.__bindgen_anon_1.tot_len = length as u16;
-    match lookup(ctx, &mut parameters, 0) {
-        BPF_FIB_LKUP_RET_SUCCESS => Ok(route(&parameters, true)),
-        BPF_FIB_LKUP_RET_NO_NEIGH => Ok(route(&parameters, false)),
-        // SAFETY: the kernel wrote this member of the union.
-        BPF_FIB_LKUP_RET_FRAG_NEEDED => {
-            Err(NoRoute::TooBig(u32::from(unsafe { parameters.__bindgen_anon_1.mtu_result })))
-        }
-        _ => Err(NoRoute::Unreachable),
+    let mut route = MaybeUninit::uninit();
+    match find_into(ctx, tuple, protocol, length, &mut route) {
+        // SAFETY: `find_into` fills it whenever it says so.
+        FOUND => Ok(unsafe { route.assume_init() }),
+        UNREACHABLE => Err(NoRoute::Unreachable),
+        mtu => Err(NoRoute::TooBig(mtu)),
     }
 }
 
+const FOUND: u32 = 0;
+const UNREACHABLE: u32 = u32::MAX;
+
+/// [`FOUND`], [`UNREACHABLE`], or the MTU that the packet exceeds. A function of its own in the kernel too, so that its
+/// stack is not the caller's.
+#[inline(never)]
+fn find_into<C: Context>(
+    ctx: &C,
+    tuple: &Tuple<Ipv4Address>,
+    protocol: u8,
+    length: u32,
+    result: &mut MaybeUninit<Route>,
+) -> u32 {
+    let mut parameters = parameters(ctx, tuple, protocol);
+    parameters.__bindgen_anon_1.tot_len = length as u16;
+    match lookup(ctx, &mut parameters, 0) {
+        BPF_FIB_LKUP_RET_SUCCESS => result.write(route(&parameters, true)),
+        BPF_FIB_LKUP_RET_NO_NEIGH => result.write(route(&parameters, false)),
+        // SAFETY: the kernel wrote this member of the union.
+        BPF_FIB_LKUP_RET_FRAG_NEEDED => return u32::from(unsafe { parameters.__bindgen_anon_1.mtu_result }).max(1),
+        _ => return UNREACHABLE,
+    };
+    FOUND
+}
+
 /// Address that packets with this tuple's destination should be SNATed to: the egress interface's, so that the reply
-/// takes the same road back.
-#[inline(always)]
+/// takes the same road back. A function of its own in the kernel too, so that its stack is not the caller's.
+#[inline(never)]
 pub fn source<C: Context>(ctx: &C, tuple: &Tuple<Ipv4Address>, protocol: u8) -> Result<Ipv4Address, DropReason> {
     let mut parameters = parameters(ctx, tuple, protocol);
     let flags = if features::has(features::FIB_SOURCE) { BPF_FIB_LOOKUP_SRC } else { 0 };

@@ -52,7 +52,7 @@ pub fn show_frontend4(ctx: &SockAddrContext) -> i32 {
     let key = SocketKey::new(call.cookie, call.address, call.port_be, call.protocol);
     if let Some(peer) = Ipv4Address::socket_frontend(&key) {
         // SAFETY: a map value stays readable while the program runs.
-        let peer = unsafe { peer.read_volatile() };
+        let peer = unsafe { maps::copy(peer) };
         set(ctx, peer.address, peer.port_be);
     }
     ALLOW
@@ -120,14 +120,14 @@ fn balance(call: &Call<'_>, unconnected: bool) -> i32 {
     let forward = SocketKey::new(call.cookie, call.address, call.port_be, call.protocol);
     if unconnected && let Some(known) = Ipv4Address::socket_backend(&forward) {
         // SAFETY: as above.
-        let known = unsafe { known.read_volatile() };
+        let known = unsafe { maps::copy(known) };
         if Ipv4Address::backend(known.backend_id).is_some() {
             set(call.ctx, known.address, known.port_be);
             return ALLOW;
         }
     }
     let client = Ipv4Address::node(call.config);
-    let choice = match balance::choose(&key, Origin::Inside, client, features::now()) {
+    let choice = match balance::choose(&key, Origin::Inside, &client, features::now()) {
         Ok(choice) => choice,
         Err(DropReason::NoEndpoint) => return refuse(DropReason::NoEndpoint),
         Err(reason) => {

@@ -33,13 +33,13 @@ pub fn rewrite<C: Context>(
 ) -> Option<()> {
     let old = &packet.key.tuple;
     let udp = packet.key.protocol == PROTOCOL_UDP;
-    let checksum = packet.transport + if udp { transport::UDP_CHECKSUM } else { transport::TCP_CHECKSUM };
+    let checksum = packet.transport::<C>() + if udp { transport::UDP_CHECKSUM } else { transport::TCP_CHECKSUM };
     let addresses = address_difference(old, new);
     ctx.adjust_checksum(checksum, addresses, true, udp)?;
     let (old_ports, new_ports) = (ports_word(old), ports_word(new));
     if old_ports != new_ports {
         ctx.adjust_checksum(checksum, difference(old_ports, new_ports), false, udp)?;
-        ctx.store(packet.transport, &new_ports)?;
+        ctx.store(packet.transport::<C>(), &new_ports)?;
     }
     rewrite_addresses(ctx, packet, new, redirected, addresses)
 }
@@ -57,10 +57,10 @@ pub fn rewrite_addresses<C: Context>(
         let old = [packet.ttl, packet.key.protocol];
         let new = [packet.ttl - 1, packet.key.protocol];
         changed += difference(u32::from(u16::from_ne_bytes(old)), u32::from(u16::from_ne_bytes(new)));
-        ctx.store(packet.network + ipv4::TTL, &new[0])?;
+        ctx.store(packet.network::<C>() + ipv4::TTL, &new[0])?;
     }
-    ctx.adjust_header_checksum(packet.network + ipv4::CHECKSUM, changed)?;
-    ctx.store(packet.network + ipv4::ADDRESSES, &[new.source, new.destination])
+    ctx.adjust_header_checksum(packet.network::<C>() + ipv4::CHECKSUM, changed)?;
+    ctx.store(packet.network::<C>() + ipv4::ADDRESSES, &[new.source, new.destination])
 }
 
 /// Whether a protocol is translated at all.

@@ -9,7 +9,7 @@ use sheave_common::DropReason;
 use sheave_common::backend::Backend;
 use sheave_common::frontend::{Frontend, FrontendKey};
 
-use crate::maps::Family;
+use crate::maps::{self, Family};
 
 /// How often a read is tried before the packet is given up.
 const ATTEMPTS: u32 = 4;
@@ -20,7 +20,7 @@ fn read<V: Copy>(lookup: impl Fn() -> Option<*const V>) -> Result<Option<V>, Dro
     for _ in 0..ATTEMPTS {
         let Some(first) = lookup() else { return Ok(None) };
         // SAFETY: a map value stays readable memory while the program runs, whatever it is reused for.
-        let copy = unsafe { first.read_volatile() };
+        let copy = unsafe { maps::copy(first) };
         let Some(second) = lookup() else { continue };
         if same(&raw const copy, second) {
             return Ok(Some(copy));

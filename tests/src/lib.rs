@@ -12,6 +12,7 @@ pub mod leftovers;
 pub mod manifests;
 pub mod netns;
 pub mod process;
+pub mod program;
 pub mod scenario;
 pub mod server;
 pub mod topology;

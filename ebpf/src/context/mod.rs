@@ -20,6 +20,8 @@ pub trait Context {
     fn segment_payload(&self) -> u32;
     /// Reads at an offset from the frame's start.
     fn load<T: Copy>(&self, offset: u32) -> Option<T>;
+    /// Reads into place, for values that are too large to move about a BPF stack.
+    fn load_into<T: Copy>(&self, offset: u32, value: &mut T) -> Option<()>;
     /// Writes at an offset; `None` if that failed.
     fn store<T>(&self, offset: u32, value: &T) -> Option<()>;
     /// Adjusts an IPv4 header checksum for data that changed by `difference` (a one's-complement sum).

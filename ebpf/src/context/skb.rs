@@ -4,6 +4,7 @@
 use core::ffi::c_void;
 
 use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::helpers::generated::bpf_skb_load_bytes;
 use aya_ebpf::programs::TcContext;
 
 use super::Context;
@@ -43,6 +44,15 @@ impl Context for TcContext {
     #[inline(always)]
     fn load<T: Copy>(&self, offset: u32) -> Option<T> {
         self.skb.load(offset as usize).ok()
+    }
+
+    #[inline(always)]
+    fn load_into<T: Copy>(&self, offset: u32, value: &mut T) -> Option<()> {
+        // SAFETY: the helper writes as many bytes as the value has; callers use plain integers and arrays.
+        let result = unsafe {
+            bpf_skb_load_bytes(self.skb.skb.cast(), offset, core::ptr::from_mut(value).cast(), size_of::<T>() as u32)
+        };
+        (result == 0).then_some(())
     }
 
     #[inline(always)]

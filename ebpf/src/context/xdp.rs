@@ -48,6 +48,12 @@ impl Context for XdpContext {
     }
 
     #[inline(always)]
+    fn load_into<T: Copy>(&self, offset: u32, value: &mut T) -> Option<()> {
+        *value = self.load(offset)?;
+        Some(())
+    }
+
+    #[inline(always)]
     fn store<T>(&self, offset: u32, value: &T) -> Option<()> {
         // SAFETY: `at` checked that the frame holds a whole T there, and the copy is by bytes.
         at::<T>(self, offset).map(|pointer| unsafe {

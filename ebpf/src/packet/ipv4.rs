@@ -70,8 +70,8 @@ pub fn parse<C: Context>(ctx: &C, network: u32, edge: u32, packet: &mut Packet<I
         // tc handles options; a fixed offset keeps XDP's bounds checks simple.
         return Kind::NotOurs;
     }
-    packet.network = network;
-    packet.transport = if C::XDP { network + LENGTH } else { network + header_length };
+    packet.set_offsets(network, network + header_length);
+    let transport_offset = packet.transport::<C>();
     packet.length = total;
     packet.ttl = header.ttl;
     packet.tcp_flags = 0;
@@ -86,7 +86,7 @@ pub fn parse<C: Context>(ctx: &C, network: u32, edge: u32, packet: &mut Packet<I
     }
     match header.protocol {
         PROTOCOL_TCP => {
-            let Some(tcp) = ctx.load::<transport::Tcp>(packet.transport) else { return Kind::Malformed };
+            let Some(tcp) = ctx.load::<transport::Tcp>(transport_offset) else { return Kind::Malformed };
             if total < header_length + transport::TCP_LENGTH {
                 return Kind::Malformed;
             }
@@ -95,7 +95,7 @@ pub fn parse<C: Context>(ctx: &C, network: u32, edge: u32, packet: &mut Packet<I
             packet.key.tuple.destination_port_be = tcp.destination_be;
         }
         PROTOCOL_UDP => {
-            let Some(udp) = ctx.load::<transport::Udp>(packet.transport) else { return Kind::Malformed };
+            let Some(udp) = ctx.load::<transport::Udp>(transport_offset) else { return Kind::Malformed };
             if total < header_length + transport::UDP_LENGTH {
                 return Kind::Malformed;
             }
@@ -103,7 +103,7 @@ pub fn parse<C: Context>(ctx: &C, network: u32, edge: u32, packet: &mut Packet<I
             packet.key.tuple.destination_port_be = udp.destination_be;
         }
         PROTOCOL_ICMP => {
-            let Some(kind) = ctx.load::<u8>(packet.transport) else { return Kind::Malformed };
+            let Some(kind) = ctx.load::<u8>(transport_offset) else { return Kind::Malformed };
             // Unreachable, redirect, time exceeded, parameter problem (RFC 792).
             return if matches!(kind, 3 | 5 | 11 | 12) && !fragment { Kind::IcmpError } else { Kind::Other };
         }

@@ -1,0 +1,287 @@
+//! Running the real programs on hand-made packets (BPF_PROG_TEST_RUN), with their maps filled by hand.
+//!
+//! Nothing is pinned and nothing attached: the object is loaded privately and goes with its [`Programs`].
+
+use std::collections::HashMap as StdHashMap;
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use anyhow::{Context as _, Result, anyhow};
+use aya::maps::{Array, HashMap, PerCpuArray};
+use aya::programs::{SchedClassifier, TestRun as _, Xdp};
+use aya::{Ebpf, EbpfLoader, Pod, TestRunOptions};
+use sheave_common::backend::{Backend, flags as backend_flags};
+use sheave_common::config::{Config, Timeouts, flags as config_flags};
+use sheave_common::counter::ServiceCounter;
+use sheave_common::flow::{Flow, FlowKey};
+use sheave_common::frontend::{BackendSet, Frontend, FrontendKey, flags as frontend_flags};
+use sheave_common::{Address as _, DropReason, Ipv4Address, Ipv6Address, names};
+
+/// tc's "next program".
+pub const NEXT: i32 = -1;
+/// tc's "drop".
+pub const DROP: i32 = 2;
+/// tc's "redirected".
+pub const REDIRECT: i32 = 7;
+/// XDP: to the stack.
+pub const XDP_PASS: i32 = 2;
+/// XDP: out of the interface that the frame came in by.
+pub const XDP_TX: i32 = 3;
+
+/// The loaded object.
+pub struct Programs {
+    bpf: Ebpf,
+    version: u64,
+    next_backend: u32,
+    table_used: u32,
+}
+
+/// What a program did to a packet.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The action.
+    pub action: i32,
+    /// The packet afterwards.
+    pub packet: Vec<u8>,
+}
+
+/// The fields of `__sk_buff` that a test may set; the rest is zero.
+#[derive(Clone, Copy, Default)]
+pub struct SkbContext {
+    /// Interface that the packet is on; 0 is loopback.
+    pub ifindex: u32,
+    /// Payload per segment of a GSO packet.
+    pub gso_size: u32,
+    /// Number of segments.
+    pub gso_segs: u32,
+}
+
+/// `struct __sk_buff` up to `hwtstamp` (kernel 6.18): 192 bytes.
+const SK_BUFF: usize = 192;
+const SK_BUFF_IFINDEX: usize = 40;
+const SK_BUFF_GSO_SEGS: usize = 164;
+const SK_BUFF_GSO_SIZE: usize = 176;
+
+/// A service port for [`Programs::service`].
+pub struct Service {
+    /// Its id.
+    pub id: u32,
+    /// Frontends with bits of [`sheave_common::frontend::flags`].
+    pub frontends: Vec<(SocketAddrV4, u32)>,
+    /// Protocol number.
+    pub protocol: u8,
+    /// Endpoints: address, and whether it is on this node.
+    pub endpoints: Vec<(SocketAddrV4, bool)>,
+    /// Affinity time-out in seconds.
+    pub affinity: u32,
+}
+
+impl Programs {
+    /// Loads the object with small maps and a default configuration.
+    pub fn load() -> Result<Self> {
+        Self::load_with(|_| {})
+    }
+
+    /// Loads the object; `adjust` changes the configuration.
+    pub fn load_with(adjust: impl FnOnce(&mut Config)) -> Result<Self> {
+        let mut loader = EbpfLoader::new();
+        for (map, size) in [
+            (names::CONNTRACK4, 65_536),
+            (names::CONNTRACK6, 1_024),
+            (names::HALF_OPEN4, 65_536),
+            (names::HALF_OPEN6, 1_024),
+            (names::BACKEND_TABLE, 4_096),
+            (names::SERVICE_COUNTERS, 1_024),
+            (names::AFFINITY4, 4_096),
+            (names::AFFINITY6, 1_024),
+        ] {
+            loader.map_max_entries(map, size);
+        }
+        // Every feature that this repository's kernels have; the loader of `sheave run` finds them out.
+        loader.override_global("FEATURES", &0b111_u32, true);
+        let mut bpf = loader.load(sheave::EBPF_OBJECT).context("loading the BPF object")?;
+        for (name, program) in bpf.programs_mut() {
+            match program {
+                aya::programs::Program::SchedClassifier(program) => program.load(),
+                aya::programs::Program::Xdp(program) => program.load(),
+                aya::programs::Program::CgroupSockAddr(program) => program.load(),
+                _ => return Err(anyhow!("unexpected program type of {name}")),
+            }
+            .with_context(|| format!("loading {name}"))?;
+        }
+        let mut programs = Self { bpf, version: 1, next_backend: 1, table_used: 0 };
+        let mut config = default_config();
+        adjust(&mut config);
+        programs.array::<Config>(names::CONFIG)?.set(0, config, 0)?;
+        Ok(programs)
+    }
+
+    fn array<V: Pod>(&mut self, name: &str) -> Result<Array<&mut aya::maps::MapData, V>> {
+        Ok(Array::try_from(self.bpf.map_mut(name).with_context(|| format!("no map {name}"))?)?)
+    }
+
+    /// A hash map by name.
+    pub fn hash<K: Pod, V: Pod>(&mut self, name: &str) -> Result<HashMap<&mut aya::maps::MapData, K, V>> {
+        Ok(HashMap::try_from(self.bpf.map_mut(name).with_context(|| format!("no map {name}"))?)?)
+    }
+
+    /// Writes a service port's backends, table runs and frontends, and returns its backend ids in order.
+    pub fn service(&mut self, service: &Service) -> Result<Vec<u32>> {
+        let mut ids = Vec::new();
+        for (address, local) in &service.endpoints {
+            let id = self.next_backend;
+            self.next_backend += 1;
+            let mut flags = backend_flags::IN_CLUSTER_SET;
+            if *local {
+                flags |= backend_flags::LOCAL | backend_flags::IN_LOCAL_SET;
+            }
+            let backend = Backend {
+                version: self.next_version(),
+                service_id: service.id,
+                address: Ipv4Address::from(*address.ip()),
+                port_be: address.port().to_be(),
+                weight: 1,
+                flags,
+                reserved: Ipv4Address::FILL,
+            };
+            self.hash::<u32, Backend<Ipv4Address>>(names::BACKENDS4)?.insert(id, backend, 0)?;
+            ids.push(id);
+        }
+        let local: Vec<u32> =
+            ids.iter().zip(&service.endpoints).filter(|(_, (_, local))| *local).map(|(id, _)| *id).collect();
+        let cluster = self.run(&ids)?;
+        let local = self.run(&local)?;
+        for (address, flags) in &service.frontends {
+            let key = FrontendKey::new(Ipv4Address::from(*address.ip()), address.port().to_be(), service.protocol);
+            let frontend = Frontend {
+                version: self.next_version(),
+                service_id: service.id,
+                flags: *flags,
+                cluster,
+                local,
+                affinity_seconds: service.affinity,
+                reserved: 0,
+            };
+            self.hash::<FrontendKey<Ipv4Address>, Frontend>(names::FRONTENDS4)?.insert(key, frontend, 0)?;
+            if flags & frontend_flags::CLUSTER_IP != 0 {
+                let whole = Frontend {
+                    version: self.next_version(),
+                    service_id: 0,
+                    flags: frontend_flags::WHOLE_ADDRESS,
+                    cluster: BackendSet::default(),
+                    local: BackendSet::default(),
+                    affinity_seconds: 0,
+                    reserved: 0,
+                };
+                self.hash::<FrontendKey<Ipv4Address>, Frontend>(names::FRONTENDS4)?.insert(
+                    FrontendKey::whole_address(key.address),
+                    whole,
+                    0,
+                )?;
+            }
+        }
+        Ok(ids)
+    }
+
+    fn next_version(&mut self) -> u64 {
+        self.version += 1;
+        self.version
+    }
+
+    fn run(&mut self, ids: &[u32]) -> Result<BackendSet> {
+        let first = self.table_used;
+        let mut table = self.array::<u32>(names::BACKEND_TABLE)?;
+        for (index, id) in (first..).zip(ids) {
+            table.set(index, id, 0)?;
+        }
+        self.table_used += u32::try_from(ids.len())?;
+        Ok(BackendSet { first, length: u32::try_from(ids.len())? })
+    }
+
+    /// Runs a tc program once.
+    pub fn tc(&mut self, program: &str, packet: &[u8], context: SkbContext) -> Result<Outcome> {
+        let program: &mut SchedClassifier =
+            self.bpf.program_mut(program).with_context(|| format!("no program {program}"))?.try_into()?;
+        let mut skb = [0_u8; SK_BUFF];
+        for (offset, value) in [
+            (SK_BUFF_IFINDEX, context.ifindex),
+            (SK_BUFF_GSO_SIZE, context.gso_size),
+            (SK_BUFF_GSO_SEGS, context.gso_segs),
+        ] {
+            skb[offset..offset + 4].copy_from_slice(&value.to_ne_bytes());
+        }
+        let mut out = vec![0_u8; 70_000];
+        let result = program.test_run(TestRunOptions {
+            data_in: Some(packet),
+            data_out: Some(&mut out),
+            ctx_in: Some(&skb),
+            ..TestRunOptions::new()
+        })?;
+        out.truncate(usize::try_from(result.data_size_out)?);
+        Ok(Outcome { action: result.return_value.cast_signed(), packet: out })
+    }
+
+    /// Runs the XDP program once, as if the frame had come in by an interface of the calling thread's namespace.
+    pub fn xdp(&mut self, packet: &[u8], ifindex: u32) -> Result<Outcome> {
+        let program: &mut Xdp = self.bpf.program_mut("uplink_xdp").context("no program uplink_xdp")?.try_into()?;
+        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
+        let mut context = [0_u8; 24];
+        context[4..8].copy_from_slice(&u32::try_from(packet.len())?.to_ne_bytes());
+        context[12..16].copy_from_slice(&ifindex.to_ne_bytes());
+        let mut out = vec![0_u8; 4_096];
+        let result = program.test_run(TestRunOptions {
+            data_in: Some(packet),
+            data_out: Some(&mut out),
+            ctx_in: Some(&context),
+            ..TestRunOptions::new()
+        })?;
+        out.truncate(usize::try_from(result.data_size_out)?);
+        Ok(Outcome { action: result.return_value.cast_signed(), packet: out })
+    }
+
+    /// All entries of a flow map.
+    pub fn flows(&mut self, map: &str) -> Result<StdHashMap<FlowKey<Ipv4Address>, Flow<Ipv4Address>>> {
+        let map = self.hash::<FlowKey<Ipv4Address>, Flow<Ipv4Address>>(map)?;
+        map.iter().map(|entry| entry.map_err(Into::into)).collect()
+    }
+
+    /// Packets counted for a reason, over all CPUs.
+    pub fn dropped(&mut self, reason: DropReason) -> Result<u64> {
+        let map = self.bpf.map_mut(names::DROP_COUNTERS).context("no drop_counters")?;
+        let counters: PerCpuArray<_, u64> = PerCpuArray::try_from(map)?;
+        Ok(counters.get(&(reason as u32), 0)?.iter().sum())
+    }
+
+    /// A service port's counters, over all CPUs.
+    pub fn counter(&mut self, service_id: u32) -> Result<ServiceCounter> {
+        let map = self.bpf.map_mut(names::SERVICE_COUNTERS).context("no service_counters")?;
+        let counters: PerCpuArray<_, ServiceCounter> = PerCpuArray::try_from(map)?;
+        let mut total = ServiceCounter::default();
+        for counter in counters.get(&service_id, 0)?.iter() {
+            total.connections += counter.connections;
+            total.packets += counter.packets;
+            total.bytes += counter.bytes;
+        }
+        Ok(total)
+    }
+}
+
+/// The configuration that `sheave run` would write by default.
+#[must_use]
+pub fn default_config() -> Config {
+    Config {
+        next_version: 1 << 32,
+        host_netns_cookie: 0,
+        layout_version: sheave_common::LAYOUT_VERSION,
+        next_backend_id: 1,
+        next_service_id: 1,
+        flags: config_flags::CONNECT_HOST,
+        timeouts: Timeouts::DEFAULT,
+        snat_port_first: 61_000,
+        snat_port_last: 65_535,
+        rejects_per_second: 1_000,
+        hairpin4: Ipv4Address::from(Ipv4Addr::new(169, 254, 42, 1)),
+        hairpin6: Ipv6Address::UNSPECIFIED,
+        node4: Ipv4Address::UNSPECIFIED,
+        node6: Ipv6Address::UNSPECIFIED,
+    }
+}
