@@ -251,6 +251,21 @@ impl Conversation {
         Ok(())
     }
 
+    /// Ends it with a RST.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn reset(self) -> Result<()> {
+        use std::os::fd::AsRawFd as _;
+        let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+        let (value, size) = ((&raw const linger).cast(), size_of_val(&linger) as u32);
+        // SAFETY: the option's value is a struct linger that outlives the call.
+        let set =
+            unsafe { libc::setsockopt(self.connection.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, value, size) };
+        ensure!(set == 0, "SO_LINGER: {}", io::Error::last_os_error());
+        Ok(())
+    }
+
     /// Sends many bytes and reads them back at the same time.
     ///
     /// # Errors

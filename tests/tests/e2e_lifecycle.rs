@@ -11,7 +11,7 @@ use sheave_tests::manifests::{Manifests, Service};
 use sheave_tests::process::eventually;
 use sheave_tests::scenario::Scenario;
 use sheave_tests::server::{self, Server};
-use sheave_tests::topology::{PodNetwork, Shape};
+use sheave_tests::topology::{CLIENT, PodNetwork, Shape};
 
 const WEB: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
 const NODE: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 1);
@@ -212,4 +212,72 @@ fn a_service_that_goes_leaves_its_node_port_to_others() -> Result<()> {
         ensure!(answer.backend == "the-node", "{answer:?}");
         Ok(())
     })
+}
+
+/// A client that takes the same source port again at once would hit the remains of its last connection.
+#[test]
+fn a_source_port_that_is_used_again_at_once_gets_a_new_connection() -> Result<()> {
+    let scenario = start(PodNetwork::Bridged, [3, 2])?;
+    let pod = scenario.pod(1, 1);
+    let client = &scenario.cluster.client;
+    let from_pod = (&pod.namespace, SocketAddrV4::new(pod.address, 7_000), SocketAddrV4::new(WEB, 80));
+    let from_outside = (client, SocketAddrV4::new(CLIENT, 7_000), SocketAddrV4::new(NODE, 30_500));
+    for (namespace, source, target) in [from_pod, from_outside] {
+        let mut answers = client::Answers::default();
+        namespace.run(|| {
+            for _ in 0..300 {
+                answers.add(client::who_from(source, target));
+                // A server's TIME_WAIT takes a new connection only with a newer time stamp (RFC 6191), in milliseconds.
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        });
+        answers.all_answered().with_context(|| format!("{source} to {target}"))?;
+        ensure!(answers.by_backend.len() == 4, "{source} to {target}: {:?}", answers.by_backend);
+    }
+    Ok(())
+}
+
+/// A connection that was reset would poison its source port.
+#[test]
+fn a_source_port_is_free_after_a_reset() -> Result<()> {
+    let scenario = start(PodNetwork::Bridged, [2, 2])?;
+    let pod = scenario.pod(1, 1);
+    pod.namespace.run(|| -> Result<()> {
+        for round in 0..100 {
+            let source = SocketAddrV4::new(pod.address, 7_000);
+            let talk =
+                Conversation::open_from(source, SocketAddrV4::new(WEB, 7)).with_context(|| format!("round {round}"))?;
+            talk.reset()?;
+        }
+        Ok(())
+    })
+}
+
+/// Another version's maps would be read with the wrong layout.
+#[test]
+fn foreign_pins_are_refused_with_a_clear_message() -> Result<()> {
+    let mut scenario = start(PodNetwork::Bridged, [2, 0])?;
+    scenario.agent.kill();
+    scenario.agent.clean_up()?;
+    std::fs::create_dir_all(scenario.agent.pins())?;
+    let pin = scenario.agent.pins().join("frontends4");
+    let create = [
+        "map",
+        "create",
+        &pin.to_string_lossy(),
+        "type",
+        "hash",
+        "key",
+        "4",
+        "value",
+        "4",
+        "entries",
+        "8",
+        "name",
+        "x",
+    ];
+    scenario.node().namespace.output("bpftool", &create)?;
+    let error = scenario.agent.restart().err().context("it started over a foreign map")?;
+    ensure!(format!("{error:#}").contains("frontends4"), "the message does not name the pin: {error:#}");
+    Ok(())
 }
