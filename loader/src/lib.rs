@@ -9,4 +9,5 @@ pub mod cli;
 pub mod config;
 pub mod interfaces;
 pub mod model;
+pub mod plan;
 pub mod source;

@@ -1,0 +1,170 @@
+//! The mirror of what the kernel holds: built from a dump of the maps, moved by every write that succeeded.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use sheave_common::frontend::BackendSet;
+
+use super::runs::Runs;
+use super::write::{Backend, Frontend, FrontendAddress, Write};
+use crate::model::desired::ServicePortName;
+
+/// The maps' contents, as read from the kernel.
+#[derive(Clone, Debug, Default)]
+pub struct Dump {
+    /// `frontends4` and `frontends6`.
+    pub frontends: Vec<(FrontendAddress, Frontend)>,
+    /// `backends4` and `backends6`.
+    pub backends: Vec<(u32, Backend)>,
+    /// `service_names`; `None` for a name that this program did not write.
+    pub names: Vec<(u32, Option<ServicePortName>)>,
+    /// `backend_table`, all of it.
+    pub table: Vec<u32>,
+    /// From `config`; 0 if it was never written.
+    pub next_backend_id: u32,
+    /// From `config`; 0 if it was never written.
+    pub next_service_id: u32,
+    /// Size of the maps that are indexed by service id: ids are smaller.
+    pub service_limit: u32,
+}
+
+/// The mirror.
+#[derive(Clone, Debug)]
+pub(super) struct Actual {
+    pub(super) frontends: BTreeMap<FrontendAddress, Frontend>,
+    pub(super) backends: BTreeMap<u32, Backend>,
+    pub(super) names: BTreeMap<u32, ServicePortName>,
+    pub(super) runs: Runs,
+    /// Names that identify nothing: unreadable, or a second id for one service port.
+    pub(super) stray_names: BTreeSet<u32>,
+    frontends_of: BTreeSet<(u32, FrontendAddress)>,
+    /// (service id, endpoint) → backend id.
+    backend_ids: BTreeMap<(u32, SocketAddr), u32>,
+}
+
+impl Actual {
+    pub(super) fn restore(dump: Dump) -> Self {
+        let mut actual = Self {
+            frontends: BTreeMap::new(),
+            backends: BTreeMap::new(),
+            names: BTreeMap::new(),
+            runs: Runs::new(u32::try_from(dump.table.len()).unwrap_or(u32::MAX)),
+            stray_names: BTreeSet::new(),
+            frontends_of: BTreeSet::new(),
+            backend_ids: BTreeMap::new(),
+        };
+        let mut known = BTreeSet::new();
+        let mut names = dump.names;
+        names.sort_unstable_by_key(|(id, _)| *id);
+        for (id, name) in names {
+            match name {
+                Some(name) if known.insert(name.clone()) => drop(actual.names.insert(id, name)),
+                _ => drop(actual.stray_names.insert(id)),
+            }
+        }
+        let mut backends = dump.backends;
+        backends.sort_unstable_by_key(|(id, _)| *id);
+        for (id, backend) in backends {
+            actual.backend_ids.entry((backend.service_id, endpoint(&backend))).or_insert(id);
+            actual.backends.insert(id, backend);
+        }
+        for (_, frontend) in &dump.frontends {
+            for set in [frontend.cluster, frontend.local] {
+                if let Some(ids) = run_of(&dump.table, set) {
+                    actual.runs.restore(frontend.service_id, set, ids.to_vec());
+                }
+            }
+        }
+        for (address, frontend) in dump.frontends {
+            actual.put_frontend(address, frontend);
+        }
+        actual
+    }
+
+    /// Every service id that something in the kernel carries.
+    pub(super) fn service_ids(&self) -> BTreeSet<u32> {
+        let named = self.names.keys().chain(&self.stray_names).copied();
+        let ids = named.chain(self.backends.values().map(|backend| backend.service_id));
+        ids.chain(self.frontends.values().map(|frontend| frontend.service_id)).collect()
+    }
+
+    /// Keys of the frontends in the kernel that carry a service id.
+    pub(super) fn frontends_of(&self, service_id: u32) -> impl Iterator<Item = FrontendAddress> + '_ {
+        let first = (service_id, FrontendAddress::mark(IpAddr::V4(Ipv4Addr::UNSPECIFIED)));
+        self.frontends_of.range(first..).take_while(move |(id, _)| *id == service_id).map(|(_, address)| *address)
+    }
+
+    /// The backend id of a service port's endpoint.
+    pub(super) fn backend_id(&self, service_id: u32, endpoint: SocketAddr) -> Option<u32> {
+        self.backend_ids.get(&(service_id, endpoint)).copied()
+    }
+
+    /// A service port's endpoints in the kernel, with their ids.
+    pub(super) fn backends_of(&self, service_id: u32) -> impl Iterator<Item = (SocketAddr, u32)> + '_ {
+        let first = (service_id, SocketAddr::from(([0, 0, 0, 0], 0)));
+        let range = self.backend_ids.range(first..).take_while(move |((id, _), _)| *id == service_id);
+        range.map(|((_, endpoint), id)| (*endpoint, *id))
+    }
+
+    /// Moves the mirror. Returns the runs that no frontend names any more.
+    pub(super) fn apply(&mut self, write: &Write) -> Vec<u32> {
+        match write {
+            Write::Reserve { .. } | Write::WriteRun { .. } => Vec::new(),
+            Write::PutName { service_id, name } => {
+                self.stray_names.remove(service_id);
+                self.names.insert(*service_id, name.clone());
+                Vec::new()
+            }
+            Write::DeleteName { service_id } => {
+                self.stray_names.remove(service_id);
+                self.names.remove(service_id);
+                Vec::new()
+            }
+            Write::PutBackend { id, backend } => {
+                self.backend_ids.insert((backend.service_id, endpoint(backend)), *id);
+                self.backends.insert(*id, *backend);
+                Vec::new()
+            }
+            Write::DeleteBackend { id, .. } => {
+                if let Some(backend) = self.backends.remove(id) {
+                    let key = (backend.service_id, endpoint(&backend));
+                    if self.backend_ids.get(&key) == Some(id) {
+                        self.backend_ids.remove(&key);
+                    }
+                }
+                Vec::new()
+            }
+            Write::PutFrontend { address, frontend } => self.put_frontend(*address, *frontend),
+            Write::DeleteFrontend { address } => {
+                let old = self.frontends.remove(address);
+                self.forget(*address, old)
+            }
+        }
+    }
+
+    fn put_frontend(&mut self, address: FrontendAddress, frontend: Frontend) -> Vec<u32> {
+        self.runs.name(frontend.cluster);
+        self.runs.name(frontend.local);
+        let old = self.frontends.insert(address, frontend);
+        let unnamed = self.forget(address, old);
+        self.frontends_of.insert((frontend.service_id, address));
+        unnamed
+    }
+
+    fn forget(&mut self, address: FrontendAddress, old: Option<Frontend>) -> Vec<u32> {
+        let Some(old) = old else { return Vec::new() };
+        self.frontends_of.remove(&(old.service_id, address));
+        let sets = [old.cluster, old.local];
+        sets.into_iter().filter(|set| self.runs.unname(*set)).map(|set| set.first).collect()
+    }
+}
+
+fn endpoint(backend: &Backend) -> SocketAddr {
+    SocketAddr::new(backend.address, backend.port)
+}
+
+fn run_of(table: &[u32], set: BackendSet) -> Option<&[u32]> {
+    let first = usize::try_from(set.first).ok()?;
+    let length = usize::try_from(set.length).ok().filter(|length| *length > 0)?;
+    table.get(first..first.checked_add(length)?)
+}

@@ -1,0 +1,426 @@
+//! The diff: what must be written so that the changed service ports are in the kernel as desired.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+use sheave_common::backend::flags::{LOCAL, TERMINATING};
+use sheave_common::frontend::BackendSet;
+use sheave_common::service_name::TEXT_LENGTH;
+
+use super::actual::{Actual, Dump};
+use super::claims::{Claims, Touched};
+use super::identity::Identity;
+use super::reclaim::Queue;
+use super::write::{Backend, Batch, Failure, Frontend, FrontendAddress, Operation, Outcome, Owner, Write};
+use crate::model::desired::{Endpoint, EndpointSets, ServicePort, ServicePortName};
+
+/// Why a service port can't be put into the kernel.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// As many service ports as the maps have room for.
+    #[error("the maps have room for {limit} service ports only; raise --max-services")]
+    ServiceIdsExhausted {
+        /// Size of the maps.
+        limit: u32,
+    },
+    /// 2³² backends were used.
+    #[error("every backend id was used; start afresh with `sheave cleanup`")]
+    BackendIdsExhausted,
+    /// The backend table is full.
+    #[error("map backend_table ({capacity} elements) has no free run of {needed}; raise --max-table")]
+    TableFull {
+        /// Elements needed.
+        needed: usize,
+        /// Elements in all.
+        capacity: u32,
+    },
+    /// The name does not fit the map `service_names`.
+    #[error("the name is longer than {TEXT_LENGTH} octets")]
+    NameTooLong,
+}
+
+/// What is known of one service port.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Service {
+    pub(super) id: Option<u32>,
+    /// `None`: it should not be there.
+    pub(super) desired: Option<ServicePort>,
+    /// Its sets per family; `None` if they are not in the kernel.
+    sets: Option<[Sets; 2]>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Sets {
+    cluster: BackendSet,
+    local: BackendSet,
+}
+
+/// The planner: desired and actual state, and the allocators between them.
+#[derive(Clone, Debug)]
+pub struct Planner {
+    pub(super) services: BTreeMap<ServicePortName, Service>,
+    pub(super) actual: Actual,
+    pub(super) identity: Identity,
+    pub(super) queue: Queue,
+    claims: Claims,
+    /// Service ports that are not in the kernel as desired because something failed.
+    unfinished: BTreeSet<ServicePortName>,
+}
+
+/// Writes of a plan by their place in the order.
+#[derive(Default)]
+struct Draft {
+    names: Vec<Operation>,
+    backends: Vec<Operation>,
+    runs: Vec<Operation>,
+    frontends: Vec<Operation>,
+    marks: Vec<Operation>,
+    mark_deletions: Vec<Operation>,
+    frontend_deletions: Vec<Operation>,
+}
+
+impl Planner {
+    /// From what the kernel holds.
+    #[must_use]
+    pub fn restore(dump: Dump) -> Self {
+        let (next_backend_id, next_service_id) = (dump.next_backend_id, dump.next_service_id);
+        let service_limit = dump.service_limit;
+        let actual = Actual::restore(dump);
+        let backends = actual.backends.keys().copied();
+        let identity =
+            Identity::restore(next_backend_id, next_service_id, backends, &actual.service_ids(), service_limit);
+        let restored =
+            |(id, name): (&u32, &ServicePortName)| (name.clone(), Service { id: Some(*id), ..Service::default() });
+        Self {
+            services: actual.names.iter().map(restored).collect(),
+            actual,
+            identity,
+            queue: Queue::default(),
+            claims: Claims::default(),
+            unfinished: BTreeSet::new(),
+        }
+    }
+
+    /// Writes for the service ports that changed; `None` means that it should not be there. Those that failed before
+    /// are included.
+    pub fn plan(&mut self, changed: BTreeMap<ServicePortName, Option<ServicePort>>) -> Batch {
+        self.draft(changed, Touched::default())
+    }
+
+    /// Writes that make everything as desired: service ports that are not listed are removed, and so is whatever
+    /// belongs to none.
+    pub fn plan_all(&mut self, desired: BTreeMap<ServicePortName, ServicePort>) -> Batch {
+        let mut changed: BTreeMap<_, _> = self.services.keys().map(|name| (name.clone(), None)).collect();
+        changed.extend(desired.into_iter().map(|(name, port)| (name, Some(port))));
+        let mut touched = Touched::default();
+        for (address, frontend) in &self.actual.frontends {
+            if address.is_mark() {
+                touched.addresses.insert(address.address);
+            } else if !self.actual.names.contains_key(&frontend.service_id) {
+                touched.frontends.insert(*address);
+            }
+        }
+        self.queue_strays();
+        self.draft(changed, touched)
+    }
+
+    /// Takes over what is desired. Returns the service ports to plan.
+    fn take_over(
+        &mut self,
+        changed: BTreeMap<ServicePortName, Option<ServicePort>>,
+        touched: &mut Touched,
+    ) -> BTreeSet<ServicePortName> {
+        let mut services = std::mem::take(&mut self.unfinished);
+        for (name, desired) in changed {
+            if desired.is_none() && !self.services.contains_key(&name) {
+                continue;
+            }
+            let service = self.services.entry(name.clone()).or_default();
+            if let Some(old) = &service.desired {
+                self.claims.release(&name, old, touched);
+            }
+            if let Some(new) = &desired {
+                self.claims.claim(&name, new, touched);
+            }
+            service.desired = desired;
+            services.insert(name);
+        }
+        services
+    }
+
+    fn draft(&mut self, changed: BTreeMap<ServicePortName, Option<ServicePort>>, mut touched: Touched) -> Batch {
+        let mut services = self.take_over(changed, &mut touched);
+        // Who takes a frontend over is planned as well: its runs may have been freed while it had none.
+        services.extend(touched.frontends.iter().filter_map(|key| self.claims.owner(key).cloned()));
+        let mut batch = Batch::default();
+        let mut draft = Draft::default();
+        for name in services {
+            let Some(service) = self.services.get(&name) else { continue };
+            if let Some(desired) = &service.desired {
+                let keys = desired.frontends.keys().map(|key| FrontendAddress::new(*key, name.protocol.number()));
+                touched.frontends.extend(keys);
+                let cluster = |flags: &u32| flags & sheave_common::frontend::flags::CLUSTER_IP != 0;
+                let marked = desired.frontends.iter().filter(|(_, flags)| cluster(flags));
+                touched.addresses.extend(marked.map(|(key, _)| key.ip()));
+            }
+            if let Some(id) = service.id {
+                touched.frontends.extend(self.actual.frontends_of(id));
+            }
+            if let Err(error) = self.plan_service(&name, &mut draft) {
+                if let Some(service) = self.services.get_mut(&name) {
+                    service.sets = None;
+                }
+                self.unfinished.insert(name.clone());
+                batch.refused.insert(name, error);
+            }
+        }
+        self.plan_frontends(&touched, &mut draft);
+        let Draft { names, backends, runs, frontends, marks, mark_deletions, frontend_deletions } = draft;
+        if let Some((next_backend_id, next_service_id)) = self.identity.reservation() {
+            let write = Write::Reserve { next_backend_id, next_service_id };
+            batch.operations.push(Operation { owner: Owner::Batch, write });
+        }
+        let ordered = [names, backends, runs, frontends, marks, mark_deletions, frontend_deletions];
+        batch.operations.extend(ordered.into_iter().flatten());
+        batch
+    }
+
+    /// Name, backends and runs of one service port.
+    fn plan_service(&mut self, name: &ServicePortName, draft: &mut Draft) -> Result<(), PlanError> {
+        let Some(service) = self.services.get_mut(name) else { return Ok(()) };
+        let Some(desired) = service.desired.clone() else {
+            service.sets = None;
+            self.queue.service(name.clone());
+            if let Some(id) = service.id {
+                self.queue.backends(self.actual.backends_of(id).map(|(_, id)| id));
+            }
+            return Ok(());
+        };
+        if name.to_string().len() > TEXT_LENGTH {
+            return Err(PlanError::NameTooLong);
+        }
+        let service_id = match service.id {
+            Some(id) => id,
+            None => {
+                let limit = self.identity.service_limit();
+                let id = self.identity.allocate_service().ok_or(PlanError::ServiceIdsExhausted { limit })?;
+                *service.id.insert(id)
+            }
+        };
+        let owned = |write| Operation { owner: Owner::Service(name.clone()), write };
+        let mut wanted = BTreeMap::new();
+        for sets in [&desired.endpoints4, &desired.endpoints6] {
+            for endpoint in sets.cluster.iter().chain(&sets.local) {
+                wanted.entry(socket(endpoint)).or_insert_with(|| backend(service_id, endpoint));
+            }
+        }
+        let mut ids = BTreeMap::new();
+        let mut backends = Vec::new();
+        for (endpoint, backend) in &wanted {
+            let id = match self.actual.backend_id(service_id, *endpoint) {
+                Some(id) => id,
+                None => self.identity.allocate_backend().ok_or(PlanError::BackendIdsExhausted)?,
+            };
+            ids.insert(*endpoint, id);
+            if self.actual.backends.get(&id) != Some(backend) {
+                backends.push(owned(Write::PutBackend { id, backend: *backend }));
+            }
+        }
+        let mut runs = Vec::new();
+        let owns = |ipv4: bool| {
+            desired.frontends.keys().any(|key| {
+                let address = FrontendAddress::new(*key, name.protocol.number());
+                key.is_ipv4() == ipv4 && self.claims.owner(&address) == Some(name)
+            })
+        };
+        let owned_families = [owns(true), owns(false)];
+        let mut sets_of = |endpoints: &EndpointSets, owned: bool| -> Result<Sets, PlanError> {
+            // A run that no frontend would name is not written.
+            if !owned {
+                return Ok(Sets::default());
+            }
+            Ok(Sets {
+                cluster: self.run(service_id, &endpoints.cluster, &ids, &mut runs)?,
+                local: self.run(service_id, &endpoints.local, &ids, &mut runs)?,
+            })
+        };
+        let sets = [sets_of(&desired.endpoints4, owned_families[0])?, sets_of(&desired.endpoints6, owned_families[1])?];
+        self.queue
+            .backends(self.actual.backends_of(service_id).filter(|(e, _)| !wanted.contains_key(e)).map(|(_, id)| id));
+        if let Some(service) = self.services.get_mut(name) {
+            service.sets = Some(sets);
+        }
+        if self.actual.names.get(&service_id) != Some(name) {
+            draft.names.push(owned(Write::PutName { service_id, name: name.clone() }));
+        }
+        draft.backends.extend(backends);
+        draft.runs.extend(runs.into_iter().map(owned));
+        Ok(())
+    }
+
+    /// The run that holds a set: one that is there already, or a new one.
+    fn run(
+        &mut self,
+        service_id: u32,
+        endpoints: &[Endpoint],
+        ids: &BTreeMap<SocketAddr, u32>,
+        writes: &mut Vec<Write>,
+    ) -> Result<BackendSet, PlanError> {
+        let run: Vec<u32> = endpoints.iter().filter_map(|endpoint| ids.get(&socket(endpoint)).copied()).collect();
+        if run.is_empty() {
+            return Ok(BackendSet::default());
+        }
+        if let Some(set) = self.actual.runs.find(service_id, &run) {
+            return Ok(set);
+        }
+        let (needed, capacity) = (run.len(), self.actual.runs.capacity());
+        let set =
+            self.actual.runs.allocate(service_id, run.clone()).ok_or(PlanError::TableFull { needed, capacity })?;
+        writes.push(Write::WriteRun { first: set.first, ids: run });
+        Ok(set)
+    }
+
+    fn plan_frontends(&self, touched: &Touched, draft: &mut Draft) {
+        for key in touched.frontends.iter().filter(|key| !key.is_mark()) {
+            let old = self.actual.frontends.get(key);
+            let Some(name) = self.claims.owner(key) else {
+                if let Some(old) = old {
+                    let owner = self.owner(old.service_id);
+                    let write = Write::DeleteFrontend { address: *key };
+                    draft.frontend_deletions.push(Operation { owner, write });
+                }
+                continue;
+            };
+            // A service port without sets failed: what the kernel holds stays.
+            let Some(frontend) = self.frontend(name, key) else { continue };
+            if old != Some(&frontend) {
+                let write = Write::PutFrontend { address: *key, frontend };
+                draft.frontends.push(Operation { owner: Owner::Service(name.clone()), write });
+            }
+        }
+        for ip in &touched.addresses {
+            let address = FrontendAddress::mark(*ip);
+            let old = self.actual.frontends.get(&address);
+            if !self.claims.is_cluster_ip(ip) {
+                if old.is_some() {
+                    let write = Write::DeleteFrontend { address };
+                    draft.mark_deletions.push(Operation { owner: Owner::Nobody, write });
+                }
+            } else if old != Some(&Frontend::MARK) {
+                let write = Write::PutFrontend { address, frontend: Frontend::MARK };
+                draft.marks.push(Operation { owner: self.mark_owner(ip), write });
+            }
+        }
+    }
+
+    fn frontend(&self, name: &ServicePortName, key: &FrontendAddress) -> Option<Frontend> {
+        let service = self.services.get(name)?;
+        let desired = service.desired.as_ref()?;
+        let [sets4, sets6] = service.sets?;
+        let sets = if key.address.is_ipv4() { sets4 } else { sets6 };
+        Some(Frontend {
+            service_id: service.id?,
+            flags: *desired.frontends.get(&key.socket())?,
+            cluster: sets.cluster,
+            local: sets.local,
+            affinity_seconds: desired.affinity_seconds,
+        })
+    }
+
+    fn owner(&self, service_id: u32) -> Owner {
+        self.actual.names.get(&service_id).map_or(Owner::Nobody, |name| Owner::Service(name.clone()))
+    }
+
+    /// A service port on the address: it is planned again if the mark can't be written.
+    fn mark_owner(&self, ip: &IpAddr) -> Owner {
+        self.claims.on_address(ip).map_or(Owner::Nobody, |name| Owner::Service(name.clone()))
+    }
+
+    /// Makes a batch's writes, in order, and moves the mirror with each that succeeds. A service port of which one
+    /// write failed gets no more of this batch; the others are not affected.
+    pub fn execute<E>(&mut self, batch: Batch, mut write: impl FnMut(&Write) -> Result<(), E>) -> Outcome<E> {
+        let refused = batch.refused.into_iter().map(|(name, error)| (name, Failure::Plan(error)));
+        let mut outcome = Outcome { written: 0, failed: refused.collect(), other: None };
+        let mut operations = batch.operations.into_iter();
+        for operation in operations.by_ref() {
+            if let Owner::Service(name) = &operation.owner
+                && outcome.failed.contains_key(name)
+            {
+                continue;
+            }
+            match write(&operation.write) {
+                Ok(()) => {
+                    outcome.written += 1;
+                    self.written(&operation.write);
+                }
+                Err(error) => match operation.owner {
+                    Owner::Service(name) => {
+                        self.fail(&name);
+                        outcome.failed.insert(name, Failure::Write(error));
+                    }
+                    Owner::Nobody => outcome.other = Some(error),
+                    Owner::Batch => {
+                        outcome.other = Some(error);
+                        break;
+                    }
+                },
+            }
+        }
+        for operation in operations {
+            if let Owner::Service(name) = &operation.owner {
+                self.fail(name);
+            }
+        }
+        self.actual.runs.free_fresh();
+        outcome
+    }
+
+    fn fail(&mut self, name: &ServicePortName) {
+        self.unfinished.insert(name.clone());
+        if let Some(service) = self.services.get_mut(name) {
+            service.sets = None;
+        }
+    }
+
+    fn written(&mut self, write: &Write) {
+        match write {
+            Write::Reserve { next_backend_id, next_service_id } => {
+                self.identity.reserved(*next_backend_id, *next_service_id);
+            }
+            Write::DeleteName { service_id } => self.forget_service(*service_id),
+            _ => {}
+        }
+        let unnamed = self.actual.apply(write);
+        self.queue.runs(unnamed);
+    }
+
+    fn forget_service(&mut self, service_id: u32) {
+        if let Some(name) = self.actual.names.get(&service_id)
+            && self.services.get(name).is_some_and(|s| s.desired.is_none() && s.id == Some(service_id))
+        {
+            self.services.remove(name);
+        }
+        self.identity.retire_service(service_id);
+    }
+
+    /// Whether some service port is not in the kernel as desired because something failed; the next plan includes it.
+    #[must_use]
+    pub fn is_unfinished(&self) -> bool {
+        !self.unfinished.is_empty()
+    }
+}
+
+fn socket(endpoint: &Endpoint) -> SocketAddr {
+    SocketAddr::new(endpoint.address, endpoint.port)
+}
+
+fn backend(service_id: u32, endpoint: &Endpoint) -> Backend {
+    let flag = |set: bool, flag: u32| if set { flag } else { 0 };
+    Backend {
+        service_id,
+        address: endpoint.address,
+        port: endpoint.port,
+        weight: 1,
+        flags: flag(endpoint.local, LOCAL) | flag(endpoint.terminating, TERMINATING),
+    }
+}

@@ -1,0 +1,153 @@
+//! Ids: of service ports (dense, reused only after their flows and affinity entries are swept) and of backends (never
+//! reused).
+//!
+//! The next ids live in the pinned config map and are raised, some at a time, before the first of them is used.
+
+use std::collections::BTreeSet;
+
+/// How many ids are reserved at once.
+const CHUNK: u32 = 64;
+
+/// Unswept service ids that make a sweep worth its walk over all flows.
+const SWEEP_WORTHWHILE: usize = 256;
+
+/// Allocator of ids.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    next_backend: u32,
+    reserved_backend: u32,
+    next_service: u32,
+    reserved_service: u32,
+    service_limit: u32,
+    /// Service ids free for use.
+    clean: BTreeSet<u32>,
+    /// Free service ids that flows or affinity entries may still carry.
+    unswept: BTreeSet<u32>,
+}
+
+impl Identity {
+    /// From the config map's next ids (0 in a map that was never written), the ids in use, and the number of service ids
+    /// that the maps have room for.
+    #[must_use]
+    pub fn restore(
+        next_backend_id: u32,
+        next_service_id: u32,
+        backends: impl IntoIterator<Item = u32>,
+        services: &BTreeSet<u32>,
+        service_limit: u32,
+    ) -> Self {
+        let beyond = |highest: Option<u32>| highest.map_or(1, |id| id.saturating_add(1));
+        let next_backend = next_backend_id.max(beyond(backends.into_iter().max()));
+        let next_service = next_service_id.max(beyond(services.last().copied()));
+        let unswept = (1..next_service.min(service_limit)).filter(|id| !services.contains(id)).collect();
+        Self {
+            next_backend,
+            reserved_backend: next_backend_id,
+            next_service,
+            reserved_service: next_service_id,
+            service_limit,
+            clean: BTreeSet::new(),
+            unswept,
+        }
+    }
+
+    /// Service ids are smaller than this.
+    #[must_use]
+    pub const fn service_limit(&self) -> u32 {
+        self.service_limit
+    }
+
+    /// A backend id that was never used; `None` when all are.
+    pub fn allocate_backend(&mut self) -> Option<u32> {
+        let id = self.next_backend;
+        self.next_backend = id.checked_add(1)?;
+        Some(id)
+    }
+
+    /// The smallest free service id; `None` when none is left, or the free ones are not swept yet.
+    pub fn allocate_service(&mut self) -> Option<u32> {
+        if let Some(id) = self.clean.pop_first() {
+            return Some(id);
+        }
+        (self.next_service < self.service_limit).then(|| {
+            let id = self.next_service;
+            self.next_service += 1;
+            id
+        })
+    }
+
+    /// Gives a service id back. It is not used again before [`Self::swept`].
+    pub fn retire_service(&mut self, id: u32) {
+        self.unswept.insert(id);
+    }
+
+    /// The next ids to write to the config map before ids allocated so far are used; `None` if what is there will do.
+    #[must_use]
+    pub fn reservation(&self) -> Option<(u32, u32)> {
+        let raise = |next: u32, reserved: u32| if next > reserved { next.saturating_add(CHUNK) } else { reserved };
+        let raised = (raise(self.next_backend, self.reserved_backend), raise(self.next_service, self.reserved_service));
+        (raised != (self.reserved_backend, self.reserved_service)).then_some(raised)
+    }
+
+    /// The config map says so now.
+    pub fn reserved(&mut self, next_backend_id: u32, next_service_id: u32) {
+        self.reserved_backend = next_backend_id;
+        self.reserved_service = next_service_id;
+    }
+
+    /// Free service ids whose flows and affinity entries should be swept now: empty unless there are many of them or
+    /// no other id is left.
+    #[must_use]
+    pub fn to_sweep(&self) -> BTreeSet<u32> {
+        let short = self.clean.is_empty() && self.next_service >= self.service_limit;
+        if short || self.unswept.len() >= SWEEP_WORTHWHILE { self.unswept.clone() } else { BTreeSet::new() }
+    }
+
+    /// No flow and no affinity entry carries these ids any more.
+    pub fn swept(&mut self, ids: &BTreeSet<u32>) {
+        for id in ids {
+            if self.unswept.remove(id) {
+                self.clean.insert(*id);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_start_at_one_and_are_reserved_before_use() {
+        let mut identity = Identity::restore(0, 0, [], &BTreeSet::new(), 100);
+        assert_eq!(identity.allocate_backend(), Some(1));
+        assert_eq!(identity.allocate_service(), Some(1));
+        let (backend, service) = identity.reservation().expect("nothing is reserved yet");
+        assert!(backend > 1 && service > 1);
+        identity.reserved(backend, service);
+        assert_eq!(identity.allocate_backend(), Some(2));
+        assert_eq!(identity.reservation(), None, "a chunk is reserved at a time");
+    }
+
+    #[test]
+    fn a_restart_never_hands_out_a_backend_id_again_and_keeps_service_ids_dense() {
+        let mut identity = Identity::restore(65, 65, [3, 70], &BTreeSet::from([1, 2]), 1_000);
+        assert_eq!(identity.allocate_backend(), Some(71), "an id in use beats a config that says less");
+        assert_eq!(identity.allocate_service(), Some(65), "3 to 64 may still be carried by flows");
+        identity.swept(&BTreeSet::from([3, 4]));
+        assert_eq!(identity.allocate_service(), Some(3));
+    }
+
+    #[test]
+    fn a_retired_service_id_comes_back_only_after_its_sweep() {
+        let mut identity = Identity::restore(0, 0, [], &BTreeSet::new(), 3);
+        assert_eq!((identity.allocate_service(), identity.allocate_service()), (Some(1), Some(2)));
+        assert_eq!(identity.allocate_service(), None);
+        identity.retire_service(1);
+        assert_eq!(identity.allocate_service(), None);
+        let sweep = identity.to_sweep();
+        assert_eq!(sweep, BTreeSet::from([1]));
+        identity.swept(&sweep);
+        assert_eq!(identity.allocate_service(), Some(1));
+    }
+}

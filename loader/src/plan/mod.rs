@@ -1,0 +1,29 @@
+//! Pure: desired service ports × what the kernel holds → an ordered list of map writes.
+//!
+//! [`Planner`] mirrors the kernel's maps. It is built from their dump, is told which service ports changed, and yields a
+//! [`Batch`]; each write that succeeds moves the mirror. So a restart without changes writes nothing, a crash after
+//! any write is repaired by the next plan, and a change costs O(changed service).
+//!
+//! The order of a batch: raised ids, names, backends, table runs, frontends, marks; then deletions of marks and
+//! frontends. Backends, names and runs that nothing needs any more go after a grace period, in a batch of their own
+//! ([`Planner::reclaim`]), because a packet in flight may still hold the old frontend.
+//!
+//! Versions of map elements, system calls and Kubernetes' rules are left to others.
+
+mod actual;
+mod claims;
+mod diff;
+mod identity;
+mod reclaim;
+mod runs;
+mod table;
+#[cfg(test)]
+mod tests;
+mod write;
+
+pub use actual::Dump;
+pub use diff::{PlanError, Planner};
+pub use identity::Identity;
+pub use reclaim::Grace;
+pub use table::Table;
+pub use write::{Backend, Batch, Failure, Frontend, FrontendAddress, Operation, Outcome, Owner, Write};

@@ -1,0 +1,144 @@
+//! What goes after a grace period: table runs that no frontend names any more, backends and names that are not desired
+//! any more.
+//!
+//! Something may be wanted again while it waits (an endpoint that flaps): then it is still there and simply stays.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+
+use super::diff::Planner;
+use super::write::{Batch, Operation, Owner, Write};
+use crate::model::desired::{ServicePort, ServicePortName};
+
+/// Everything that was given up until [`Planner::begin_grace`]. A grace period later it may be reclaimed.
+#[derive(Clone, Copy, Debug)]
+#[must_use = "nothing is freed before it is reclaimed"]
+pub struct Grace(u64);
+
+/// What waits, with the generation in which it was given up.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Queue {
+    generation: u64,
+    runs: BTreeMap<u32, u64>,
+    backends: BTreeMap<u32, u64>,
+    services: BTreeMap<ServicePortName, u64>,
+    stray_names: BTreeMap<u32, u64>,
+}
+
+impl Queue {
+    pub(super) fn runs(&mut self, runs: impl IntoIterator<Item = u32>) {
+        self.runs.extend(runs.into_iter().map(|first| (first, self.generation)));
+    }
+
+    pub(super) fn backends(&mut self, ids: impl IntoIterator<Item = u32>) {
+        self.backends.extend(ids.into_iter().map(|id| (id, self.generation)));
+    }
+
+    pub(super) fn service(&mut self, name: ServicePortName) {
+        self.services.insert(name, self.generation);
+    }
+
+    pub(super) fn stray_names(&mut self, ids: impl IntoIterator<Item = u32>) {
+        self.stray_names.extend(ids.into_iter().map(|id| (id, self.generation)));
+    }
+
+    fn is_empty(&self) -> bool {
+        self.runs.is_empty() && self.backends.is_empty() && self.services.is_empty() && self.stray_names.is_empty()
+    }
+}
+
+/// Takes out of a queue what was given up in `generation` or before.
+fn ripe<K: Ord + Clone>(queue: &mut BTreeMap<K, u64>, generation: u64) -> Vec<K> {
+    queue.extract_if(.., |_, given_up| *given_up <= generation).map(|(key, _)| key).collect()
+}
+
+impl Planner {
+    /// Marks what waits now; `None` if nothing does. The caller lets a grace period pass, in which it may plan and execute
+    /// other batches, and then reclaims.
+    pub fn begin_grace(&mut self) -> Option<Grace> {
+        if self.queue.is_empty() {
+            return None;
+        }
+        let grace = Grace(self.queue.generation);
+        self.queue.generation += 1;
+        Some(grace)
+    }
+
+    /// Frees runs, and plans the deletions of backends and names.
+    pub fn reclaim(&mut self, Grace(generation): Grace) -> Batch {
+        for first in ripe(&mut self.queue.runs, generation) {
+            self.actual.runs.free_unnamed(first);
+        }
+        let mut deleted = BTreeSet::new();
+        let mut wanted: BTreeMap<u32, BTreeSet<SocketAddr>> = BTreeMap::new();
+        let mut operations = Vec::new();
+        for id in ripe(&mut self.queue.backends, generation) {
+            let Some(backend) = self.actual.backends.get(&id).copied() else { continue };
+            let service_id = backend.service_id;
+            let name = self.actual.names.get(&service_id);
+            let desired = name.and_then(|name| self.services.get(name)).and_then(|service| service.desired.as_ref());
+            let endpoints = wanted.entry(service_id).or_insert_with(|| desired.map(endpoints).unwrap_or_default());
+            let endpoint = SocketAddr::new(backend.address, backend.port);
+            let is_the_endpoints = self.actual.backend_id(service_id, endpoint) == Some(id);
+            if (is_the_endpoints && endpoints.contains(&endpoint)) || self.actual.runs.reaches(id) {
+                continue;
+            }
+            deleted.insert(id);
+            let owner = name.map_or(Owner::Nobody, |name| Owner::Service(name.clone()));
+            operations.push(Operation { owner, write: Write::DeleteBackend { id, address: backend.address } });
+        }
+        for name in ripe(&mut self.queue.services, generation) {
+            let Some(service) = self.services.get(&name).filter(|service| service.desired.is_none()) else { continue };
+            let Some(service_id) = service.id else {
+                self.services.remove(&name);
+                continue;
+            };
+            let in_use = self.actual.frontends_of(service_id).next().is_some()
+                || self.actual.backends_of(service_id).any(|(_, id)| !deleted.contains(&id));
+            if in_use {
+                continue;
+            }
+            if self.actual.names.get(&service_id) == Some(&name) {
+                operations.push(Operation { owner: Owner::Service(name), write: Write::DeleteName { service_id } });
+            } else {
+                self.services.remove(&name);
+                self.identity.retire_service(service_id);
+            }
+        }
+        for service_id in ripe(&mut self.queue.stray_names, generation) {
+            if self.actual.stray_names.contains(&service_id) {
+                operations.push(Operation { owner: Owner::Nobody, write: Write::DeleteName { service_id } });
+            }
+        }
+        Batch { operations, refused: BTreeMap::new() }
+    }
+
+    /// Queues whatever the kernel holds that belongs to no service port.
+    pub(super) fn queue_strays(&mut self) {
+        let backends = self.actual.backends.iter().filter(|(id, backend)| {
+            let endpoint = SocketAddr::new(backend.address, backend.port);
+            !self.actual.names.contains_key(&backend.service_id)
+                || self.actual.backend_id(backend.service_id, endpoint) != Some(**id)
+        });
+        self.queue.backends(backends.map(|(id, _)| *id));
+        self.queue.stray_names(self.actual.stray_names.iter().copied());
+    }
+
+    /// Service ids whose flows and affinity entries should be swept now, before the ids are used again; empty most of
+    /// the time.
+    #[must_use]
+    pub fn service_ids_to_sweep(&self) -> BTreeSet<u32> {
+        self.identity.to_sweep()
+    }
+
+    /// No flow and no affinity entry carries these service ids any more.
+    pub fn swept(&mut self, service_ids: &BTreeSet<u32>) {
+        self.identity.swept(service_ids);
+    }
+}
+
+fn endpoints(desired: &ServicePort) -> BTreeSet<SocketAddr> {
+    let sets = [&desired.endpoints4, &desired.endpoints6].into_iter();
+    let endpoints = sets.flat_map(|sets| sets.cluster.iter().chain(&sets.local));
+    endpoints.map(|endpoint| SocketAddr::new(endpoint.address, endpoint.port)).collect()
+}
