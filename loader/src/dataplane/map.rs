@@ -1,0 +1,173 @@
+//! A pinned map with its key and value types.
+
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use aya::Pod;
+
+use super::error::MapError;
+use super::syscall::{self, Cursor};
+
+/// Elements that one batch system call reads at first; a hash bucket that is larger doubles it.
+const BATCH: u32 = 4_096;
+
+/// A map. Its sizes were checked when it was opened, so that no call reads or writes beyond a value.
+#[derive(Debug)]
+pub(super) struct Map<K, V> {
+    fd: OwnedFd,
+    name: &'static str,
+    max_entries: u32,
+    /// Values per element: 1, or the number of possible CPUs.
+    width: usize,
+    types: PhantomData<(K, V)>,
+}
+
+impl<K: Pod, V: Pod> Map<K, V> {
+    /// Opens a pinned map.
+    pub(super) fn open(directory: &Path, name: &'static str, read_only: bool) -> Result<Self, MapError> {
+        Self::open_wide(directory, name, read_only, 1)
+    }
+
+    /// Opens a pinned per-CPU map. Values are multiples of 8 octets, as the kernel lays them out.
+    pub(super) fn open_per_cpu(directory: &Path, name: &'static str, cpus: usize) -> Result<Self, MapError> {
+        const { assert!(size_of::<V>().is_multiple_of(8)) };
+        Self::open_wide(directory, name, true, cpus)
+    }
+
+    fn open_wide(directory: &Path, name: &'static str, read_only: bool, width: usize) -> Result<Self, MapError> {
+        let pin: PathBuf = directory.join(name);
+        let fd = syscall::open_pin(&pin, read_only).map_err(|source| MapError::Open { pin: pin.clone(), source })?;
+        let info = syscall::map_info(fd.as_fd()).map_err(|source| MapError::Open { pin: pin.clone(), source })?;
+        if (info.key_size as usize, info.value_size as usize) != (size_of::<K>(), size_of::<V>()) {
+            return Err(MapError::Layout { pin });
+        }
+        Ok(Self { fd, name, max_entries: info.max_entries, width, types: PhantomData })
+    }
+
+    pub(super) const fn max_entries(&self) -> u32 {
+        self.max_entries
+    }
+
+    pub(super) fn get(&self, key: &K) -> Result<Option<V>, MapError> {
+        let mut values = buffer::<V>(self.width);
+        let found = syscall::map_lookup(self.fd.as_fd(), bytes_of(key), &mut values);
+        Ok(found.map_err(|source| self.error("look up in", source))?.then(|| read(&values, 0)))
+    }
+
+    pub(super) fn put(&self, key: &K, value: &V) -> Result<(), MapError> {
+        let result = syscall::map_update(self.fd.as_fd(), bytes_of(key), bytes_of(value));
+        result.map_err(|source| self.error("write to", source))
+    }
+
+    /// Writes elements in as few system calls as the kernel allows.
+    pub(super) fn put_all(&self, elements: &[(K, V)]) -> Result<(), MapError> {
+        let mut keys = Vec::with_capacity(size_of_val(elements));
+        let mut values = Vec::with_capacity(size_of_val(elements));
+        for (key, value) in elements {
+            keys.extend_from_slice(bytes_of(key));
+            values.extend_from_slice(bytes_of(value));
+        }
+        let count = u32::try_from(elements.len()).unwrap_or(u32::MAX);
+        match syscall::map_update_batch(self.fd.as_fd(), &keys, &values, count) {
+            Err(error) if lacks_batches(&error) => elements.iter().try_for_each(|(key, value)| self.put(key, value)),
+            result => result.map_err(|source| self.error("write to", source)),
+        }
+    }
+
+    /// Deletes an element; it need not be there.
+    pub(super) fn delete(&self, key: &K) -> Result<bool, MapError> {
+        syscall::map_delete(self.fd.as_fd(), bytes_of(key)).map_err(|source| self.error("delete from", source))
+    }
+
+    /// Every element; in a map that changes meanwhile, each that was there all the time at least once.
+    pub(super) fn dump(&self) -> Result<Vec<(K, V)>, MapError> {
+        let wide = self.dump_wide()?;
+        Ok(wide.into_iter().filter_map(|(key, values)| Some((key, *values.first()?))).collect())
+    }
+
+    /// Every element, with one value per CPU for a per-CPU map.
+    pub(super) fn dump_wide(&self) -> Result<Vec<(K, Vec<V>)>, MapError> {
+        let mut count = BATCH.min(self.max_entries.max(1));
+        loop {
+            match self.dump_batches(count) {
+                // A bucket has more elements than the buffer.
+                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => count *= 2,
+                Err(error) if lacks_batches(&error) => {
+                    return self.dump_one_by_one().map_err(|source| self.error("dump", source));
+                }
+                result => return result.map_err(|source| self.error("dump", source)),
+            }
+        }
+    }
+
+    fn dump_batches(&self, count: u32) -> io::Result<Vec<(K, Vec<V>)>> {
+        let room = count as usize;
+        let (mut keys, mut values) = (buffer::<K>(room), buffer::<V>(room * self.width));
+        let mut cursor = Cursor::default();
+        let mut elements = Vec::new();
+        loop {
+            let (read_now, end) =
+                syscall::map_lookup_batch(self.fd.as_fd(), &mut cursor, &mut keys, &mut values, count)?;
+            for element in 0..read_now as usize {
+                elements.push((read(&keys, element), self.values(&values, element)));
+            }
+            if end {
+                return Ok(elements);
+            }
+        }
+    }
+
+    fn dump_one_by_one(&self) -> io::Result<Vec<(K, Vec<V>)>> {
+        let mut elements = Vec::new();
+        let (mut key, mut next, mut values) = (None::<Vec<u8>>, buffer::<K>(1), buffer::<V>(self.width));
+        while syscall::map_next_key(self.fd.as_fd(), key.as_deref(), &mut next)? {
+            if syscall::map_lookup(self.fd.as_fd(), &next, &mut values)? {
+                elements.push((read(&next, 0), self.values(&values, 0)));
+            }
+            key = Some(next.clone());
+            // A key that vanished starts the kernel over: there are never more keys than this.
+            if elements.len() > self.max_entries as usize {
+                break;
+            }
+        }
+        Ok(elements)
+    }
+
+    fn values(&self, values: &[u8], element: usize) -> Vec<V> {
+        (0..self.width).map(|cpu| read(values, element * self.width + cpu)).collect()
+    }
+
+    fn error(&self, action: &'static str, source: io::Error) -> MapError {
+        match source.raw_os_error() {
+            Some(libc::E2BIG | libc::ENOMEM) if action == "write to" => {
+                MapError::Full { map: self.name, max_entries: self.max_entries, source }
+            }
+            _ => MapError::Access { action, map: self.name, source },
+        }
+    }
+}
+
+/// The kernel has no batch operations, or not for this kind of map.
+fn lacks_batches(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTSUP | ENOTSUPP))
+}
+
+/// The kernel's own "operation is not supported", which escapes from some map types.
+const ENOTSUPP: i32 = 524;
+
+fn buffer<T>(elements: usize) -> Vec<u8> {
+    vec![0; elements * size_of::<T>()]
+}
+
+fn bytes_of<T: Pod>(value: &T) -> &[u8] {
+    // SAFETY: a `Pod` map key or value has no padding, so each of its octets is initialised.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
+fn read<T: Pod>(bytes: &[u8], element: usize) -> T {
+    let bytes = &bytes[element * size_of::<T>()..][..size_of::<T>()];
+    // SAFETY: the slice has the size of a `T`, and any octets are a valid `Pod`.
+    unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) }
+}

@@ -1,0 +1,62 @@
+//! The maps that the controller reads and writes, opened from their pins.
+
+use std::path::Path;
+
+use sheave_common::affinity::{Affinity, AffinityKey};
+use sheave_common::backend::Backend;
+use sheave_common::config::Config;
+use sheave_common::flow::{Flow, FlowKey};
+use sheave_common::frontend::{Frontend, FrontendKey};
+use sheave_common::interface::Interface;
+use sheave_common::service_name::ServiceName;
+use sheave_common::{Address, Ipv4Address, Ipv6Address, names};
+
+use super::error::MapError;
+use super::map::Map;
+
+/// The maps of one address family.
+#[derive(Debug)]
+pub(super) struct FamilyMaps<A: Address> {
+    pub(super) frontends: Map<FrontendKey<A>, Frontend>,
+    pub(super) backends: Map<u32, Backend<A>>,
+    pub(super) conntrack: Map<FlowKey<A>, Flow<A>>,
+    pub(super) half_open: Map<FlowKey<A>, Flow<A>>,
+    pub(super) affinity: Map<AffinityKey<A>, Affinity>,
+}
+
+/// All of them.
+#[derive(Debug)]
+pub(super) struct Maps {
+    pub(super) config: Map<u32, Config>,
+    pub(super) v4: FamilyMaps<Ipv4Address>,
+    pub(super) v6: FamilyMaps<Ipv6Address>,
+    pub(super) backend_table: Map<u32, u32>,
+    pub(super) interfaces: Map<u32, Interface>,
+    pub(super) service_names: Map<u32, ServiceName>,
+}
+
+impl Maps {
+    /// Opens the maps pinned in a directory.
+    pub(super) fn open(directory: &Path, read_only: bool) -> Result<Self, MapError> {
+        Ok(Self {
+            config: Map::open(directory, names::CONFIG, read_only)?,
+            v4: FamilyMaps {
+                frontends: Map::open(directory, names::FRONTENDS4, read_only)?,
+                backends: Map::open(directory, names::BACKENDS4, read_only)?,
+                conntrack: Map::open(directory, names::CONNTRACK4, read_only)?,
+                half_open: Map::open(directory, names::HALF_OPEN4, read_only)?,
+                affinity: Map::open(directory, names::AFFINITY4, read_only)?,
+            },
+            v6: FamilyMaps {
+                frontends: Map::open(directory, names::FRONTENDS6, read_only)?,
+                backends: Map::open(directory, names::BACKENDS6, read_only)?,
+                conntrack: Map::open(directory, names::CONNTRACK6, read_only)?,
+                half_open: Map::open(directory, names::HALF_OPEN6, read_only)?,
+                affinity: Map::open(directory, names::AFFINITY6, read_only)?,
+            },
+            backend_table: Map::open(directory, names::BACKEND_TABLE, read_only)?,
+            interfaces: Map::open(directory, names::INTERFACES, read_only)?,
+            service_names: Map::open(directory, names::SERVICE_NAMES, read_only)?,
+        })
+    }
+}

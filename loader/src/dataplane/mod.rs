@@ -1,0 +1,263 @@
+//! The kernel's side: loads the programs, owns maps, pins and links, and makes every write. Knows nothing of Kubernetes.
+//!
+//! Everything is pinned, so the dataplane outlives the controller: a restart reads the maps back, swaps the programs
+//! under their links, and writes only what differs. [`PinnedMaps`] reads the pins, with or without a daemon.
+
+mod cgroup;
+mod cleanup;
+mod definitions;
+mod error;
+mod links;
+mod map;
+mod maps;
+mod pins;
+mod programs;
+mod settings;
+mod sweep;
+mod syscall;
+mod tc;
+#[cfg(feature = "packet-trace")]
+mod trace;
+mod views;
+mod writer;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use sheave_common::interface::{self, flags};
+use tracing::{debug, info};
+
+pub use cleanup::cleanup;
+pub use error::{DataplaneError, MapError};
+pub use programs::Features;
+pub use syscall::grace_period;
+pub use views::PinnedMaps;
+
+use crate::config::{ConnectMode, RunConfig, XdpMode};
+use crate::interfaces::{Interface, Role};
+use crate::model::desired::{ServicePort, ServicePortName};
+use crate::plan::{Batch, Grace, Outcome, Planner};
+use links::Links;
+use maps::Maps;
+use pins::Pins;
+use programs::Programs;
+use writer::Writer;
+
+/// What became of a batch of changes.
+pub type Applied = Outcome<MapError>;
+
+/// The dataplane of one instance. There is one per pin directory at a time.
+pub struct Dataplane {
+    programs: Programs,
+    writer: Writer,
+    planner: Planner,
+    links: Links,
+    xdp: XdpMode,
+    /// Pod interfaces that went away and whose flows are still there.
+    unswept: BTreeSet<u32>,
+    /// Last, so that the pin directory is free only when everything else is done with.
+    _pins: Pins,
+}
+
+impl Dataplane {
+    /// Takes the pin directory, loads the programs on the maps pinned there, and reads back what they hold.
+    ///
+    /// # Errors
+    ///
+    /// Each says what to do about it: no BPF file system, another instance, incompatible pins, missing capabilities, an old
+    /// kernel, no cgroup v2.
+    pub fn open(config: &RunConfig) -> Result<Self, DataplaneError> {
+        Self::open_with(config, Features::detect())
+    }
+
+    /// Like [`Self::open`], as if the kernel had these features.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub fn open_with(config: &RunConfig, features: Features) -> Result<Self, DataplaneError> {
+        let pins = Pins::take(&config.pin_path)?;
+        let definitions = definitions::definitions(&config.sizes);
+        pins.verify(&definitions)?;
+        let programs = Programs::load(&pins, &definitions, features)?;
+        let maps = Maps::open(pins.directory(), false)?;
+        let old = maps.config.get(&0)?;
+        let element = settings::element(old, config)?;
+        let links = Links::new(pins.links(), features.tcx);
+        let moved =
+            old.is_some_and(|old| old.host_netns_cookie != 0 && old.host_netns_cookie != element.host_netns_cookie);
+        if moved {
+            info!("the pins are another network namespace's: removing their links and flows");
+            for index in links.indexes()? {
+                links.detach(index)?;
+            }
+            for (index, _) in maps.interfaces.dump()? {
+                maps.interfaces.delete(&index)?;
+            }
+            sweep::all_flows(&maps)?;
+        }
+        let writer = Writer::new(maps, old, element)?;
+        let planner = Planner::restore(writer.dump()?);
+        if config.connect == ConnectMode::Off {
+            cgroup::detach(&pins.links())?;
+        } else {
+            let cgroup = config.cgroup.clone().map_or_else(cgroup::root, Ok)?;
+            cgroup::attach(&programs, &pins.links(), &cgroup)?;
+        }
+        Ok(Self { programs, writer, planner, links, xdp: config.xdp, unswept: BTreeSet::new(), _pins: pins })
+    }
+
+    /// Makes the service ports that changed as desired; `None` means that it should not be there. Those that failed
+    /// before are tried again.
+    pub fn apply(&mut self, changed: BTreeMap<ServicePortName, Option<ServicePort>>) -> Applied {
+        let batch = self.planner.plan(changed);
+        self.execute(batch)
+    }
+
+    /// Makes everything as desired, and removes whatever is not. Only for a list that is known to be complete.
+    pub fn apply_all(&mut self, desired: BTreeMap<ServicePortName, ServicePort>) -> Applied {
+        let batch = self.planner.plan_all(desired);
+        self.execute(batch)
+    }
+
+    fn execute(&mut self, batch: Batch) -> Applied {
+        let writer = &mut self.writer;
+        self.planner.execute(batch, |write| writer.write(write))
+    }
+
+    /// Whether some service port is not as desired because a write failed. [`Self::apply`] tries again.
+    #[must_use]
+    pub fn is_unfinished(&self) -> bool {
+        self.planner.is_unfinished()
+    }
+
+    /// Marks what was given up so far; `None` if there is nothing. After [`grace_period`] (which blocks), call
+    /// [`Self::reclaim`]. Changes may be applied in between.
+    pub fn begin_grace(&mut self) -> Option<Grace> {
+        self.planner.begin_grace()
+    }
+
+    /// Frees what was given up before a grace period, and sweeps flows of interfaces that are gone and of service ids
+    /// that are to be used again.
+    ///
+    /// # Errors
+    ///
+    /// If the flow maps can't be read or written; the sweep is tried again by the next call.
+    pub fn reclaim(&mut self, grace: Grace) -> Result<Applied, DataplaneError> {
+        let batch = self.planner.reclaim(grace);
+        let applied = self.execute(batch);
+        self.sweep()?;
+        Ok(applied)
+    }
+
+    /// Sweeps flows of interfaces that are gone, and of service ids that are to be used again.
+    ///
+    /// # Errors
+    ///
+    /// If the flow maps can't be read or written; the sweep is tried again by the next call.
+    pub fn sweep(&mut self) -> Result<(), DataplaneError> {
+        self.sweep_edges()?;
+        let service_ids = self.planner.service_ids_to_sweep();
+        if !service_ids.is_empty() {
+            let swept = sweep::services(&self.writer.maps, &service_ids)?;
+            debug!(swept, service_ids = service_ids.len(), "swept flows of services that are gone");
+            self.planner.swept(&service_ids);
+        }
+        Ok(())
+    }
+
+    fn sweep_edges(&mut self) -> Result<(), DataplaneError> {
+        if !self.unswept.is_empty() {
+            let swept = sweep::edges(&self.writer.maps, &self.unswept)?;
+            debug!(swept, interfaces = self.unswept.len(), "swept flows of interfaces that are gone");
+            self.unswept.clear();
+        }
+        Ok(())
+    }
+
+    /// Puts the programs of an interface's role on it, or swaps those that are there.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses; the interface may have gone away in the meantime.
+    pub fn attach(&mut self, interface: &Interface) -> Result<(), DataplaneError> {
+        let index = interface.index;
+        let role = if interface.role == Role::Pod { flags::POD } else { flags::UPLINK };
+        let old = self.writer.maps.interfaces.get(&index)?;
+        if self.unswept.contains(&index) {
+            self.sweep_edges()?;
+        }
+        let element = |xdp: bool| interface::Interface {
+            source4: interface.source4.unwrap_or(Ipv4Addr::UNSPECIFIED).into(),
+            source6: interface.source6.unwrap_or(Ipv6Addr::UNSPECIFIED).into(),
+            flags: role | if xdp { flags::XDP } else { 0 },
+        };
+        // The element comes before the programs, which need it, and says XDP only once that is attached.
+        let had_xdp = old.is_some_and(|old| old.flags & flags::XDP != 0);
+        self.writer.put_interface(index, element(had_xdp))?;
+        let maps = &self.writer.maps;
+        self.links.attach(&mut self.programs, interface, || {
+            // An element without programs is another device's that had this index.
+            if old.is_some_and(|old| old.flags & flags::POD != 0) {
+                let swept = sweep::edges(maps, &BTreeSet::from([index]))?;
+                debug!(index, swept, "swept flows of the interface that had this index before");
+            }
+            Ok(())
+        })?;
+        let xdp = self.links.attach_xdp(&self.programs, interface, self.xdp)?;
+        self.writer.put_interface(index, element(xdp))?;
+        Ok(())
+    }
+
+    /// Takes the programs off an interface, or removes what is left of it if it is gone. Its flows are swept before its
+    /// index is attached again.
+    ///
+    /// # Errors
+    ///
+    /// If a pin can't be removed.
+    pub fn detach(&mut self, index: u32) -> Result<(), DataplaneError> {
+        let old = self.writer.maps.interfaces.get(&index)?;
+        self.links.detach(index)?;
+        let Some(old) = old else { return Ok(()) };
+        if old.flags & flags::POD != 0 {
+            self.unswept.insert(index);
+            // Until its flows are swept the element stays: it is what a restart sweeps by.
+            self.sweep_edges()?;
+        }
+        if self.writer.maps.interfaces.delete(&index)? {
+            self.writer.count();
+        }
+        Ok(())
+    }
+
+    /// Detaches from every interface that is not among these. Only once all interfaces that exist are known.
+    ///
+    /// # Errors
+    ///
+    /// If a pin can't be removed.
+    pub fn prune_interfaces(&mut self, existing: &BTreeSet<u32>) -> Result<(), DataplaneError> {
+        let mut known = self.links.indexes()?;
+        known.extend(self.writer.maps.interfaces.dump()?.into_iter().map(|(index, _)| index));
+        known.difference(existing).try_for_each(|index| self.detach(*index))
+    }
+
+    /// Tells the programs this node's primary addresses.
+    ///
+    /// # Errors
+    ///
+    /// If the write fails.
+    pub fn set_node_addresses(
+        &mut self,
+        node4: Option<Ipv4Addr>,
+        node6: Option<Ipv6Addr>,
+    ) -> Result<(), DataplaneError> {
+        let config = settings::with_node(*self.writer.config(), node4, node6);
+        Ok(self.writer.set_config(config)?)
+    }
+
+    /// Map writes since [`Self::open`]: 0 after a restart that found everything as desired.
+    #[must_use]
+    pub const fn map_writes(&self) -> u64 {
+        self.writer.writes()
+    }
+}

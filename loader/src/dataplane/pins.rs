@@ -1,0 +1,147 @@
+//! The pin directory: that it is on a BPF file system, that nobody else uses it, and that what is pinned there is what
+//! this program would have made.
+//!
+//! Maps are pinned in the directory itself, links in its folder `links`. The directory carries an flock while a daemon or
+//! a cleanup works on it; the kernel lets go of it when the process ends, however it ends.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use sheave_common::config::Config;
+use sheave_common::{LAYOUT_VERSION, names};
+
+use super::definitions::Definition;
+use super::error::DataplaneError;
+use super::map::Map;
+use super::syscall;
+
+const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
+const LINKS: &str = "links";
+
+/// A pin directory that is ours for as long as this value lives.
+#[derive(Debug)]
+pub(super) struct Pins {
+    directory: PathBuf,
+    _lock: File,
+}
+
+impl Pins {
+    /// Creates the directory if need be, and takes it.
+    pub(super) fn take(directory: &Path) -> Result<Self, DataplaneError> {
+        check_file_system(directory)?;
+        loop {
+            fs::create_dir_all(directory).map_err(DataplaneError::file("create", directory))?;
+            if let Some(pins) = Self::lock(directory)? {
+                let links = pins.links();
+                fs::create_dir_all(&links).map_err(DataplaneError::file("create", &links))?;
+                return Ok(pins);
+            }
+        }
+    }
+
+    /// Takes the directory if it is there.
+    pub(super) fn take_existing(directory: &Path) -> Result<Option<Self>, DataplaneError> {
+        match fs::metadata(directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(DataplaneError::file("read", directory)(error)),
+            Ok(_) => {
+                check_file_system(directory)?;
+                Self::lock(directory)
+            }
+        }
+    }
+
+    /// `None` if the directory went away in the meantime.
+    fn lock(directory: &Path) -> Result<Option<Self>, DataplaneError> {
+        let lock = match File::open(directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            result => result.map_err(DataplaneError::file("open", directory))?,
+        };
+        // SAFETY: the descriptor is open; flock(2) takes no addresses.
+        if unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+            let error = io::Error::last_os_error();
+            return Err(match error.kind() {
+                io::ErrorKind::WouldBlock => DataplaneError::Busy { path: directory.to_owned() },
+                _ => DataplaneError::file("lock", directory)(error),
+            });
+        }
+        // A cleanup may have removed the directory between open and flock: then the lock is on a dead inode.
+        let ours = lock.metadata().map_err(DataplaneError::file("read", directory))?;
+        let there = fs::metadata(directory).is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino()));
+        Ok(there.then(|| Self { directory: directory.to_owned(), _lock: lock }))
+    }
+
+    /// Where the maps are pinned.
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Where the links are pinned.
+    pub(super) fn links(&self) -> PathBuf {
+        self.directory.join(LINKS)
+    }
+
+    /// Compares every map that is pinned with its definition, and the pinned config's layout version with this
+    /// program's.
+    pub(super) fn verify(&self, definitions: &[Definition]) -> Result<(), DataplaneError> {
+        for definition in definitions {
+            let pin = self.directory.join(definition.name);
+            let map = match syscall::open_pin(&pin, true) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                result => result.map_err(DataplaneError::file("open the pin", &pin))?,
+            };
+            let info = syscall::map_info(map.as_fd()).map_err(DataplaneError::file("inspect the pin", &pin))?;
+            if let Some(difference) = definition.difference(&info) {
+                return Err(DataplaneError::IncompatiblePin { pin, difference });
+            }
+        }
+        if !self.directory.join(names::CONFIG).exists() {
+            return Ok(());
+        }
+        let config: Map<u32, Config> = Map::open(&self.directory, names::CONFIG, true)?;
+        match config.get(&0)?.map(|config| config.layout_version) {
+            // A start that got no further than pinning the map wrote nothing.
+            None | Some(0 | LAYOUT_VERSION) => Ok(()),
+            Some(found) => {
+                let path = self.directory.clone();
+                Err(DataplaneError::IncompatibleLayout { path, found, expected: LAYOUT_VERSION })
+            }
+        }
+    }
+}
+
+/// The directory, or the nearest one above it that exists, must be on a BPF file system.
+fn check_file_system(directory: &Path) -> Result<(), DataplaneError> {
+    let existing = directory.ancestors().find(|path| path.exists()).unwrap_or(directory);
+    let path = CString::new(existing.as_os_str().as_bytes())
+        .map_err(|error| DataplaneError::file("inspect", existing)(error.into()))?;
+    let mut statistics = MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: the path is NUL-terminated, and the buffer is a statfs.
+    if unsafe { libc::statfs(path.as_ptr(), statistics.as_mut_ptr()) } != 0 {
+        return Err(DataplaneError::file("inspect", existing)(io::Error::last_os_error()));
+    }
+    // SAFETY: statfs(2) succeeded, and all-zeroes was a valid value before.
+    let magic = unsafe { statistics.assume_init() }.f_type;
+    if magic as u32 == BPF_FS_MAGIC {
+        Ok(())
+    } else {
+        Err(DataplaneError::NotBpfFileSystem { path: directory.to_owned() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pin_path_off_the_bpf_file_system_is_refused_with_the_command_that_mounts_one() {
+        let error = Pins::take(Path::new("/tmp/sheave-no-bpffs")).expect_err("/tmp is no BPF file system");
+        assert!(error.to_string().contains("mount -t bpf bpf /sys/fs/bpf"), "{error}");
+    }
+}

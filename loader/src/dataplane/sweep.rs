@@ -1,0 +1,55 @@
+//! Deletes flows and affinity entries of what is gone, before its number is given to something else.
+
+use std::collections::BTreeSet;
+
+use aya::Pod;
+use sheave_common::Address;
+use sheave_common::affinity::AffinityKey;
+use sheave_common::flow::{Flow, FlowKey};
+
+use super::error::MapError;
+use super::map::Map;
+use super::maps::{FamilyMaps, Maps};
+
+/// Deletes the flows of these edges. Returns how many there were.
+pub(super) fn edges(maps: &Maps, edges: &BTreeSet<u32>) -> Result<usize, MapError> {
+    let gone = |edge: u32, _: u32| edges.contains(&edge);
+    Ok(flows(&maps.v4, gone)? + flows(&maps.v6, gone)?)
+}
+
+/// Deletes the flows and the affinity entries of these service ids. Returns how many there were.
+pub(super) fn services(maps: &Maps, services: &BTreeSet<u32>) -> Result<usize, MapError> {
+    let gone = |_: u32, service_id: u32| services.contains(&service_id);
+    let flows = flows(&maps.v4, gone)? + flows(&maps.v6, gone)?;
+    Ok(flows + affinity(&maps.v4, services)? + affinity(&maps.v6, services)?)
+}
+
+/// Deletes every flow. Returns how many there were.
+pub(super) fn all_flows(maps: &Maps) -> Result<usize, MapError> {
+    Ok(flows(&maps.v4, |_, _| true)? + flows(&maps.v6, |_, _| true)?)
+}
+
+/// `gone` is told a flow's edge and service id.
+fn flows<A: Address>(maps: &FamilyMaps<A>, gone: impl Fn(u32, u32) -> bool) -> Result<usize, MapError>
+where
+    FlowKey<A>: Pod,
+    Flow<A>: Pod,
+{
+    let gone = |(key, flow): &(FlowKey<A>, Flow<A>)| gone(key.edge, flow.service_id);
+    Ok(delete(&maps.conntrack, gone)? + delete(&maps.half_open, gone)?)
+}
+
+fn affinity<A: Address>(maps: &FamilyMaps<A>, services: &BTreeSet<u32>) -> Result<usize, MapError>
+where
+    AffinityKey<A>: Pod,
+{
+    delete(&maps.affinity, |(key, _)| services.contains(&key.service_id))
+}
+
+fn delete<K: Pod, V: Pod>(map: &Map<K, V>, gone: impl Fn(&(K, V)) -> bool) -> Result<usize, MapError> {
+    let mut deleted = 0;
+    for (key, _) in map.dump()?.iter().filter(|element| gone(element)) {
+        deleted += usize::from(map.delete(key)?);
+    }
+    Ok(deleted)
+}

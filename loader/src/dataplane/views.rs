@@ -1,0 +1,147 @@
+//! Read-only access to the pinned maps: what the command line shows, with or without a daemon.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use sheave_common::affinity::{Affinity, AffinityKey};
+use sheave_common::backend::Backend;
+use sheave_common::config::Config;
+use sheave_common::counter::ServiceCounter;
+use sheave_common::flow::{Flow, FlowKey};
+use sheave_common::frontend::{Frontend, FrontendKey};
+use sheave_common::interface::Interface;
+use sheave_common::service_name::ServiceName;
+use sheave_common::{DropReason, Ipv4Address, Ipv6Address, names};
+
+use super::error::MapError;
+use super::map::Map;
+use super::maps::Maps;
+
+/// The maps pinned in a directory, opened for reading. Every dump is a list of elements in no particular order.
+#[derive(Debug)]
+pub struct PinnedMaps {
+    maps: Maps,
+    service_counters: Map<u32, ServiceCounter>,
+    drop_counters: Map<u32, u64>,
+}
+
+macro_rules! dumps {
+    ($($(#[doc = $doc:literal])+ $name:ident => $($path:ident).+ : ($key:ty, $value:ty);)+) => {
+        impl PinnedMaps {
+            $(
+                $(#[doc = $doc])+
+                ///
+                /// # Errors
+                ///
+                /// If the kernel refuses.
+                pub fn $name(&self) -> Result<Vec<($key, $value)>, MapError> {
+                    self.maps.$($path).+.dump()
+                }
+            )+
+        }
+    };
+}
+
+dumps! {
+    /// `frontends4`.
+    frontends4 => v4.frontends: (FrontendKey<Ipv4Address>, Frontend);
+    /// `frontends6`.
+    frontends6 => v6.frontends: (FrontendKey<Ipv6Address>, Frontend);
+    /// `backends4`: backend id → backend.
+    backends4 => v4.backends: (u32, Backend<Ipv4Address>);
+    /// `backends6`: backend id → backend.
+    backends6 => v6.backends: (u32, Backend<Ipv6Address>);
+    /// `conntrack4`.
+    conntrack4 => v4.conntrack: (FlowKey<Ipv4Address>, Flow<Ipv4Address>);
+    /// `conntrack6`.
+    conntrack6 => v6.conntrack: (FlowKey<Ipv6Address>, Flow<Ipv6Address>);
+    /// `half_open4`.
+    half_open4 => v4.half_open: (FlowKey<Ipv4Address>, Flow<Ipv4Address>);
+    /// `half_open6`.
+    half_open6 => v6.half_open: (FlowKey<Ipv6Address>, Flow<Ipv6Address>);
+    /// `affinity4`.
+    affinity4 => v4.affinity: (AffinityKey<Ipv4Address>, Affinity);
+    /// `affinity6`.
+    affinity6 => v6.affinity: (AffinityKey<Ipv6Address>, Affinity);
+    /// `service_names`: service id → name.
+    service_names => service_names: (u32, ServiceName);
+    /// `interfaces`: ifindex → interface.
+    interfaces => interfaces: (u32, Interface);
+}
+
+impl PinnedMaps {
+    /// Opens the maps pinned in a directory.
+    ///
+    /// # Errors
+    ///
+    /// If a pin is missing, may not be read, or was made by another version.
+    pub fn open(directory: &Path) -> Result<Self, MapError> {
+        let cpus = possible_cpus();
+        Ok(Self {
+            maps: Maps::open(directory, true)?,
+            service_counters: Map::open_per_cpu(directory, names::SERVICE_COUNTERS, cpus)?,
+            drop_counters: Map::open_per_cpu(directory, names::DROP_COUNTERS, cpus)?,
+        })
+    }
+
+    /// `config`'s one element.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn config(&self) -> Result<Option<Config>, MapError> {
+        self.maps.config.get(&0)
+    }
+
+    /// `backend_table`: the backend id at each index.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn backend_table(&self) -> Result<Vec<u32>, MapError> {
+        table(&self.maps)
+    }
+
+    /// `service_counters`, summed over the CPUs; without those that are zero.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn service_counters(&self) -> Result<BTreeMap<u32, ServiceCounter>, MapError> {
+        let sum = |a: ServiceCounter, b: &ServiceCounter| ServiceCounter {
+            connections: a.connections.wrapping_add(b.connections),
+            packets: a.packets.wrapping_add(b.packets),
+            bytes: a.bytes.wrapping_add(b.bytes),
+        };
+        let elements = self.service_counters.dump_wide()?.into_iter();
+        let sums = elements.map(|(id, values)| (id, values.iter().fold(ServiceCounter::default(), sum)));
+        Ok(sums.filter(|(_, counter)| *counter != ServiceCounter::default()).collect())
+    }
+
+    /// `drop_counters`, summed over the CPUs: every reason that this version knows, also those that are zero.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn drop_counters(&self) -> Result<Vec<(DropReason, u64)>, MapError> {
+        let elements: BTreeMap<u32, Vec<u64>> = self.drop_counters.dump_wide()?.into_iter().collect();
+        let packets = |reason: DropReason| elements.get(&(reason as u32)).map_or(0, |values| values.iter().sum());
+        Ok(DropReason::ALL.iter().map(|reason| (*reason, packets(*reason))).collect())
+    }
+}
+
+/// `backend_table` as a list.
+pub(super) fn table(maps: &Maps) -> Result<Vec<u32>, MapError> {
+    let mut table = vec![0; maps.backend_table.max_entries() as usize];
+    for (index, id) in maps.backend_table.dump()? {
+        if let Some(element) = table.get_mut(index as usize) {
+            *element = id;
+        }
+    }
+    Ok(table)
+}
+
+/// How many values an element of a per-CPU map has.
+fn possible_cpus() -> usize {
+    aya::util::nr_cpus().unwrap_or(1)
+}
