@@ -8,6 +8,7 @@
 pub mod agent;
 pub mod cgroup;
 pub mod client;
+pub mod kube_api;
 pub mod leftovers;
 pub mod manifests;
 pub mod netns;

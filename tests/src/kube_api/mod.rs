@@ -1,0 +1,177 @@
+//! An in-process Kubernetes API: Services, EndpointSlices and Nodes over HTTP, as much of it as a controller meets:
+//! pages, selectors, watches with bookmarks, an end to history, and servers that fail.
+//!
+//! It runs on a thread of its own, so everything here can be called from tests that are async and from those that are
+//! not. [`store`] keeps objects and their history, [`selector`] reads selectors, [`serve`] speaks HTTP.
+
+mod selector;
+mod serve;
+mod store;
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use serde_json::Value;
+use tokio::sync::oneshot;
+
+use serve::Shared;
+pub use store::Resource;
+
+/// What a request wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verb {
+    /// A list, or a page of one.
+    List,
+    /// A watch.
+    Watch,
+}
+
+/// A request that was received.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// The kind it asks for.
+    pub resource: Resource,
+    /// List or watch.
+    pub verb: Verb,
+    /// Its query, decoded.
+    pub query: std::collections::BTreeMap<String, String>,
+}
+
+/// How a watch from before the end of history is answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Gone {
+    /// With status 410.
+    Status,
+    /// With an ERROR event in a stream that begins with status 200.
+    #[default]
+    Event,
+}
+
+/// A Kubernetes API that runs until it is dropped.
+pub struct KubeApi {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl KubeApi {
+    /// Serves on a free port of 127.0.0.1.
+    ///
+    /// # Panics
+    ///
+    /// If there is none.
+    pub async fn start() -> Self {
+        Self::serve(TcpListener::bind("127.0.0.1:0").expect("a free port"))
+    }
+
+    /// Serves on a listener, which may live in another network namespace.
+    ///
+    /// # Panics
+    ///
+    /// If the listener can't be used.
+    #[must_use]
+    pub fn serve(listener: TcpListener) -> Self {
+        listener.set_nonblocking(true).expect("a listener can be made non-blocking");
+        let address = listener.local_addr().expect("a listener has an address");
+        let shared = Arc::new(Shared::default());
+        let (stop, stopped) = oneshot::channel();
+        let served = Arc::clone(&shared);
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            runtime.block_on(async {
+                tokio::select! {
+                    () = serve::accept(listener, served) => {}
+                    _ = stopped => {}
+                }
+            });
+        });
+        Self { shared, address, stop: Some(stop), thread: Some(thread) }
+    }
+
+    /// `http://address:port`
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Creates or updates an object, known by kind, namespace (`default` if absent) and name. Returns its resource
+    /// version.
+    ///
+    /// # Panics
+    ///
+    /// If it is not of a kind that is served, or has no name.
+    pub fn apply(&self, object: Value) -> u64 {
+        let version = self.shared.store().apply(object);
+        self.shared.wake();
+        version
+    }
+
+    /// Deletes an object; one that isn't there stays gone. Nodes have the namespace "".
+    pub fn delete(&self, resource: Resource, namespace: &str, name: &str) {
+        self.shared.store().delete(resource, namespace, name);
+        self.shared.wake();
+    }
+
+    /// Ends history here: who wants to watch from an earlier resource version gets 410.
+    pub fn compact(&self, gone: Gone) {
+        self.shared.store().compact();
+        self.shared.faults().gone = gone;
+    }
+
+    /// Sends every watch that allows them a bookmark with the newest resource version.
+    pub fn bookmark(&self) {
+        self.shared.faults().bookmarks += 1;
+        self.shared.wake();
+    }
+
+    /// Cuts every connection, in the middle of whatever it carries.
+    pub fn disconnect(&self) {
+        self.shared.cut();
+    }
+
+    /// From now on, connections are cut as soon as they are made (`true`), or served again (`false`).
+    pub fn refuse(&self, refuse: bool) {
+        self.shared.faults().refuse = refuse;
+        self.shared.cut();
+    }
+
+    /// From now on, requests for a kind (all kinds if `None`) are answered with this status.
+    pub fn fail(&self, resource: Option<Resource>, status: u16) {
+        self.shared.faults().fail = Some((resource, status));
+    }
+
+    /// Ends [`fail`](Self::fail).
+    pub fn heal(&self) {
+        self.shared.faults().fail = None;
+    }
+
+    /// From now on, a request without this bearer token is answered with 401.
+    pub fn require_token(&self, token: &str) {
+        self.shared.faults().token = Some(token.to_owned());
+    }
+
+    /// Every request so far, failed ones too.
+    #[must_use]
+    pub fn requests(&self) -> Vec<Request> {
+        self.shared.faults().requests.clone()
+    }
+
+    /// Number of requests so far for a kind.
+    #[must_use]
+    pub fn count(&self, resource: Resource, verb: Verb) -> usize {
+        self.requests().iter().filter(|request| request.resource == resource && request.verb == verb).count()
+    }
+}
+
+impl Drop for KubeApi {
+    fn drop(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            let _: Result<(), ()> = stop.send(());
+        }
+        if let Some(thread) = self.thread.take() {
+            let _: std::thread::Result<()> = thread.join();
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! HTTP: lists as one document, watches as a stream of lines, failures as asked for.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::io;
+use std::net::TcpListener;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
+use http::{Response, StatusCode};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::selector::Selector;
+use super::store::{Expired, Filter, Resource, Store};
+use super::{Gone, Request, Verb};
+
+type Body = UnsyncBoxBody<Bytes, io::Error>;
+
+/// What is wrong with the server, and what it was asked.
+#[derive(Default)]
+pub(super) struct Faults {
+    pub(super) refuse: bool,
+    pub(super) fail: Option<(Option<Resource>, u16)>,
+    pub(super) gone: Gone,
+    pub(super) token: Option<String>,
+    /// Bookmarks that every watch should have seen.
+    pub(super) bookmarks: u64,
+    pub(super) requests: Vec<Request>,
+}
+
+/// What the server and who steers it share.
+pub(super) struct Shared {
+    store: Mutex<Store>,
+    faults: Mutex<Faults>,
+    /// Something may be new for watches.
+    news: watch::Sender<()>,
+    /// Connections from before are to be cut.
+    cut: watch::Sender<()>,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self {
+            store: Mutex::default(),
+            faults: Mutex::default(),
+            news: watch::Sender::new(()),
+            cut: watch::Sender::new(()),
+        }
+    }
+}
+
+impl Shared {
+    pub(super) fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().expect("no test has panicked inside")
+    }
+
+    pub(super) fn faults(&self) -> MutexGuard<'_, Faults> {
+        self.faults.lock().expect("no test has panicked inside")
+    }
+
+    pub(super) fn wake(&self) {
+        self.news.send_replace(());
+    }
+
+    pub(super) fn cut(&self) {
+        self.cut.send_replace(());
+    }
+}
+
+/// Serves connections for ever.
+pub(super) async fn accept(listener: TcpListener, shared: Arc<Shared>) {
+    let listener = tokio::net::TcpListener::from_std(listener).expect("a non-blocking listener");
+    loop {
+        let Ok((stream, _)) = listener.accept().await else { continue };
+        let mut cut = shared.cut.subscribe();
+        if shared.faults().refuse {
+            continue;
+        }
+        let shared = Arc::clone(&shared);
+        tokio::spawn(async move {
+            let service = service_fn(move |request| {
+                let shared = Arc::clone(&shared);
+                async move { Ok::<_, Infallible>(answer(&shared, &request)) }
+            });
+            let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+            tokio::select! {
+                // How a client ends its connection is its own affair.
+                _ = connection => {}
+                _ = cut.changed() => {}
+            }
+        });
+    }
+}
+
+fn answer(shared: &Arc<Shared>, request: &http::Request<Incoming>) -> Response<Body> {
+    let query = decode_query(request.uri().query().unwrap_or_default());
+    let Some(resource) = Resource::of_path(request.uri().path()) else {
+        return failure(404, "NotFound", "no such resource");
+    };
+    let verb = if query.get("watch").is_some_and(|watch| watch == "true") { Verb::Watch } else { Verb::List };
+    {
+        let mut faults = shared.faults();
+        faults.requests.push(Request { resource, verb, query: query.clone() });
+        if let Some(token) = &faults.token {
+            let expected = format!("Bearer {token}");
+            if request.headers().get(http::header::AUTHORIZATION).is_none_or(|header| header != expected.as_str()) {
+                return failure(401, "Unauthorized", "Unauthorized");
+            }
+        }
+        if let Some((_, status)) = faults.fail.filter(|(failing, _)| failing.is_none_or(|failing| failing == resource))
+        {
+            return failure(status, "InternalError", "told to fail");
+        }
+    }
+    let filter = Filter {
+        resource,
+        labels: Selector::parse(query.get("labelSelector").map_or("", String::as_str)),
+        name: query.get("fieldSelector").and_then(|fields| Some(fields.strip_prefix("metadata.name=")?.to_owned())),
+    };
+    match verb {
+        Verb::List => list(shared, &filter, &query),
+        Verb::Watch => watch(shared, filter, &query),
+    }
+}
+
+fn list(shared: &Shared, filter: &Filter, query: &BTreeMap<String, String>) -> Response<Body> {
+    let limit = query.get("limit").and_then(|limit| limit.parse().ok()).filter(|limit| *limit > 0);
+    let token = query.get("continue").map(String::as_str);
+    let Ok(page) = shared.store().list(filter, limit.unwrap_or(usize::MAX), token) else {
+        return failure(410, "Expired", "The provided continue parameter is too old");
+    };
+    let mut metadata = json!({"resourceVersion": page.version.to_string()});
+    if let Some(next) = page.next {
+        metadata["continue"] = next.into();
+        metadata["remainingItemCount"] = page.remaining.into();
+    }
+    let list = json!({
+        "kind": format!("{}List", filter.resource.kind()),
+        "apiVersion": filter.resource.api_version(),
+        "metadata": metadata,
+        "items": page.items,
+    });
+    respond(StatusCode::OK, Full::from(list.to_string()).map_err(|never| match never {}).boxed_unsync())
+}
+
+fn watch(shared: &Arc<Shared>, filter: Filter, query: &BTreeMap<String, String>) -> Response<Body> {
+    let version = query.get("resourceVersion").and_then(|version| version.parse().ok());
+    let version = version.unwrap_or_else(|| shared.store().version());
+    let is_expired = shared.store().events_after(version, &filter).is_err();
+    let gone = shared.faults().gone;
+    if is_expired && gone == Gone::Status {
+        return failure(410, "Expired", "too old resource version");
+    }
+    let seconds = query.get("timeoutSeconds").and_then(|seconds| seconds.parse().ok()).unwrap_or(1800);
+    let watcher = Watcher {
+        news: shared.news.subscribe(),
+        bookmarks: shared.faults().bookmarks,
+        shared: Arc::clone(shared),
+        filter,
+        version,
+        wants_bookmarks: query.get("allowWatchBookmarks").is_some_and(|allow| allow == "true"),
+        deadline: Instant::now() + Duration::from_secs(seconds),
+        ended: false,
+    };
+    let frames = watcher.lines().map(|lines| Ok(Frame::data(lines)));
+    respond(StatusCode::OK, StreamBody::new(frames).boxed_unsync())
+}
+
+/// One watch, and how far it has come.
+struct Watcher {
+    shared: Arc<Shared>,
+    news: watch::Receiver<()>,
+    filter: Filter,
+    version: u64,
+    wants_bookmarks: bool,
+    bookmarks: u64,
+    deadline: Instant,
+    ended: bool,
+}
+
+impl Watcher {
+    /// Lines of JSON, one an event, until the watch's time is over.
+    fn lines(self) -> impl Stream<Item = Bytes> + Send {
+        futures::stream::unfold(self, |mut watcher| async move {
+            loop {
+                if watcher.ended {
+                    return None;
+                }
+                watcher.news.mark_unchanged();
+                let lines = watcher.due();
+                if !lines.is_empty() {
+                    return Some((Bytes::from(lines), watcher));
+                }
+                tokio::time::timeout_at(watcher.deadline, watcher.news.changed()).await.ok()?.ok()?;
+            }
+        })
+    }
+
+    fn due(&mut self) -> String {
+        let mut lines = String::new();
+        let mut line = |change: &str, object: &Value| {
+            lines.push_str(&json!({"type": change, "object": object}).to_string());
+            lines.push('\n');
+        };
+        let store = self.shared.store();
+        match store.events_after(self.version, &self.filter) {
+            Ok(events) => {
+                for event in events {
+                    line(event.change, &event.object);
+                }
+                self.version = store.version();
+            }
+            Err(Expired) => {
+                line("ERROR", &status(410, "Expired", "too old resource version"));
+                self.ended = true;
+            }
+        }
+        let bookmarks = self.shared.faults().bookmarks;
+        if self.wants_bookmarks && std::mem::replace(&mut self.bookmarks, bookmarks) < bookmarks {
+            let (kind, api_version) = (self.filter.resource.kind(), self.filter.resource.api_version());
+            let metadata = json!({"resourceVersion": self.version.to_string(), "creationTimestamp": null});
+            line("BOOKMARK", &json!({"kind": kind, "apiVersion": api_version, "metadata": metadata}));
+        }
+        lines
+    }
+}
+
+fn status(code: u16, reason: &str, message: &str) -> Value {
+    json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": message,
+        "reason": reason, "code": code})
+}
+
+fn failure(code: u16, reason: &str, message: &str) -> Response<Body> {
+    let body = Full::from(status(code, reason, message).to_string()).map_err(|never| match never {}).boxed_unsync();
+    respond(StatusCode::from_u16(code).expect("a status"), body)
+}
+
+fn respond(status: StatusCode, body: Body) -> Response<Body> {
+    let response = Response::builder().status(status).header(http::header::CONTENT_TYPE, "application/json");
+    response.body(body).expect("a sound response")
+}
+
+/// A query's parameters, percent-encoding undone.
+fn decode_query(query: &str) -> BTreeMap<String, String> {
+    let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
+    pairs.map(|(key, value)| (decode(key), decode(value))).collect()
+}
+
+fn decode(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, tail)) = rest.split_first() {
+        let hex = tail.get(..2).filter(|_| *first == b'%').and_then(|hex| std::str::from_utf8(hex).ok());
+        if let Some(byte) = hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            bytes.push(byte);
+            rest = &tail[2..];
+        } else {
+            bytes.push(if *first == b'+' { b' ' } else { *first });
+            rest = tail;
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}

@@ -1,0 +1,202 @@
+//! Objects, and the history that watches read.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use super::selector::Selector;
+
+/// A kind that is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Resource {
+    /// v1 Service
+    Services,
+    /// discovery.k8s.io/v1 EndpointSlice
+    EndpointSlices,
+    /// v1 Node
+    Nodes,
+}
+
+impl Resource {
+    const ALL: [Self; 3] = [Self::Services, Self::EndpointSlices, Self::Nodes];
+
+    pub(super) const fn kind(self) -> &'static str {
+        match self {
+            Self::Services => "Service",
+            Self::EndpointSlices => "EndpointSlice",
+            Self::Nodes => "Node",
+        }
+    }
+
+    pub(super) const fn api_version(self) -> &'static str {
+        match self {
+            Self::Services | Self::Nodes => "v1",
+            Self::EndpointSlices => "discovery.k8s.io/v1",
+        }
+    }
+
+    const fn path(self) -> &'static str {
+        match self {
+            Self::Services => "/api/v1/services",
+            Self::EndpointSlices => "/apis/discovery.k8s.io/v1/endpointslices",
+            Self::Nodes => "/api/v1/nodes",
+        }
+    }
+
+    pub(super) fn of_path(path: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|resource| resource.path() == path)
+    }
+
+    fn of_kind(kind: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|resource| resource.kind() == kind)
+    }
+}
+
+/// What a request selects.
+#[derive(Clone, Debug)]
+pub(super) struct Filter {
+    pub(super) resource: Resource,
+    pub(super) labels: Selector,
+    /// fieldSelector metadata.name
+    pub(super) name: Option<String>,
+}
+
+impl Filter {
+    fn matches(&self, object: &Value) -> bool {
+        self.labels.matches(object) && self.name.as_ref().is_none_or(|name| object["metadata"]["name"] == name.as_str())
+    }
+}
+
+/// An event of a watch.
+#[derive(Debug)]
+pub(super) struct Event {
+    pub(super) change: &'static str,
+    pub(super) object: Value,
+}
+
+/// A page of a list.
+#[derive(Debug)]
+pub(super) struct Page {
+    pub(super) items: Vec<Value>,
+    pub(super) version: u64,
+    /// Where the next page begins.
+    pub(super) next: Option<String>,
+    pub(super) remaining: usize,
+}
+
+/// Who asked for history that has been compacted, or for the future.
+#[derive(Debug)]
+pub(super) struct Expired;
+
+/// Namespace and name.
+type Name = (String, String);
+
+#[derive(Debug)]
+struct Entry {
+    version: u64,
+    resource: Resource,
+    old: Option<Value>,
+    new: Option<Value>,
+}
+
+/// All objects and their history.
+#[derive(Debug, Default)]
+pub(super) struct Store {
+    version: u64,
+    compacted: u64,
+    objects: BTreeMap<(Resource, Name), Value>,
+    history: Vec<Entry>,
+}
+
+impl Store {
+    /// Resource version of the newest change.
+    pub(super) const fn version(&self) -> u64 {
+        self.version
+    }
+
+    pub(super) fn apply(&mut self, mut object: Value) -> u64 {
+        let kind = object["kind"].as_str().expect("an object has a kind");
+        let resource = Resource::of_kind(kind).expect("a kind that is served");
+        self.version += 1;
+        let metadata = &mut object["metadata"];
+        metadata["resourceVersion"] = self.version.to_string().into();
+        if resource != Resource::Nodes && metadata["namespace"].is_null() {
+            metadata["namespace"] = "default".into();
+        }
+        if metadata["creationTimestamp"].is_null() {
+            metadata["creationTimestamp"] = "2025-01-01T00:00:00Z".into();
+        }
+        let namespace = metadata["namespace"].as_str().unwrap_or_default().to_owned();
+        let name = metadata["name"].as_str().expect("an object has a name").to_owned();
+        object["apiVersion"] = resource.api_version().into();
+        let old = self.objects.insert((resource, (namespace, name)), object.clone());
+        self.history.push(Entry { version: self.version, resource, old, new: Some(object) });
+        self.version
+    }
+
+    pub(super) fn delete(&mut self, resource: Resource, namespace: &str, name: &str) {
+        let key = (resource, (namespace.to_owned(), name.to_owned()));
+        if let Some(old) = self.objects.remove(&key) {
+            self.version += 1;
+            self.history.push(Entry { version: self.version, resource, old: Some(old), new: None });
+        }
+    }
+
+    pub(super) fn compact(&mut self) {
+        self.compacted = self.version;
+        self.history.clear();
+    }
+
+    /// A page of what a filter selects. A token is `version/namespace/name` of the last object of the page before, and
+    /// expires with the history it was made in.
+    pub(super) fn list(&self, filter: &Filter, limit: usize, token: Option<&str>) -> Result<Page, Expired> {
+        let (version, after) = match token {
+            None => (self.version, None),
+            Some(token) => {
+                let mut parts = token.splitn(3, '/');
+                let version = parts.next().and_then(|version| version.parse().ok()).ok_or(Expired)?;
+                let mut part = || parts.next().map(str::to_owned).ok_or(Expired);
+                (version, Some((part()?, part()?)))
+            }
+        };
+        if version < self.compacted {
+            return Err(Expired);
+        }
+        let selected = self.objects.iter().filter(|((resource, _), _)| *resource == filter.resource);
+        let mut selected = selected
+            .filter(|((_, name), object)| after.as_ref().is_none_or(|after| name > after) && filter.matches(object));
+        let mut items = Vec::new();
+        let mut last = None;
+        for ((_, name), object) in selected.by_ref().take(limit) {
+            items.push(object.clone());
+            last = Some(name);
+        }
+        let remaining = selected.count();
+        let next = last.filter(|_| remaining > 0).map(|(namespace, name)| format!("{version}/{namespace}/{name}"));
+        Ok(Page { items, version, next, remaining })
+    }
+
+    /// What a watch that has seen everything up to `version` has to be told.
+    pub(super) fn events_after(&self, version: u64, filter: &Filter) -> Result<Vec<Event>, Expired> {
+        if version < self.compacted || version > self.version {
+            return Err(Expired);
+        }
+        let entries = self.history.iter().filter(|entry| entry.version > version && entry.resource == filter.resource);
+        Ok(entries.filter_map(|entry| entry.event(filter)).collect())
+    }
+}
+
+impl Entry {
+    /// An object that stops being selected is deleted for who selects.
+    fn event(&self, filter: &Filter) -> Option<Event> {
+        let selected = |object: &Option<Value>| object.clone().filter(|object| filter.matches(object));
+        let (change, mut object) = match (selected(&self.old), selected(&self.new)) {
+            (None, None) => return None,
+            (None, Some(new)) => ("ADDED", new),
+            (Some(_), Some(new)) => ("MODIFIED", new),
+            (Some(old), None) => ("DELETED", old),
+        };
+        object["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        Some(Event { change, object })
+    }
+}
