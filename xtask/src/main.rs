@@ -9,6 +9,7 @@ mod setup;
 mod test;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -37,22 +38,31 @@ enum Task {
     Demo,
 }
 
-fn main() -> Result<()> {
-    let arguments = Arguments::parse();
+fn main() -> ExitCode {
+    match run(&Arguments::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: &Task) -> Result<()> {
     std::env::set_current_dir(repository())?;
-    match arguments.task {
+    match task {
         Task::Setup => setup::run(setup::Need::Everything),
         Task::Build { release } => {
             setup::run(setup::Need::Building)?;
             let mut cargo = process::cargo(&["build", "--package", "sheave"]);
-            if release {
+            if *release {
                 cargo.arg("--release");
             }
             process::run(&mut cargo)
         }
         Task::Test(options) => {
             setup::run(setup::Need::Everything)?;
-            test::run(&options)
+            test::run(options)
         }
         Task::Demo => {
             setup::run(setup::Need::Everything)?;

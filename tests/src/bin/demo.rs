@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
-use std::process::Command;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -26,15 +26,18 @@ const PICTURE: &str = "
        pod-1-1  pod-1-2    pod-2-1  pod-2-2         10.244.1.2, .3, 10.244.2.2, .3: each an HTTP server
 ";
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
     let started = Instant::now();
-    demonstrate()?;
+    if let Err(error) = demonstrate() {
+        eprintln!("\nThe demo failed, and what it had made is removed: {error:#}");
+        return ExitCode::FAILURE;
+    }
     heading("All of it is gone again");
     println!(
         "Namespaces, processes, pins, cgroups and manifests are removed. It took {:.1} s.",
         started.elapsed().as_secs_f64()
     );
-    Ok(())
+    ExitCode::SUCCESS
 }
 
 fn demonstrate() -> Result<()> {
