@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
 
 use crate::agent::Agent;
 use crate::manifests::{Endpoint, Manifests, Service};
@@ -64,19 +65,22 @@ impl Scenario {
     }
 
     fn wait_until_published(&self, service: &Service, endpoints: &[Ipv4Addr]) -> Result<()> {
-        let (frontend, id) = (service.cluster_ip().to_string(), service.id());
+        let mut expected: Vec<String> = endpoints.iter().map(ToString::to_string).collect();
+        expected.sort();
+        let named_port = format!("{}:", service.id());
         let waited = eventually(Duration::from_secs(10), || {
-            let services = self.agent.view("services", &["-o", "json"])?;
-            ensure!(services.contains(&format!("{frontend:?}")), "{frontend} is not in `sheave services`:\n{services}");
-            let text = self.agent.view("backends", &["-o", "json"])?;
-            let backends: serde_json::Value = serde_json::from_str(&text)?;
-            for endpoint in endpoints {
-                let known = backends.as_array().into_iter().flatten().any(|backend| {
-                    let text = backend.to_string();
-                    text.contains(&format!("\"{endpoint}\"")) && text.contains(&id)
-                });
-                ensure!(known, "{endpoint} of {id} is not in `sheave backends`:\n{text}");
-            }
+            let shown = self.agent.services()?;
+            let rows = shown.as_array().into_iter().flatten();
+            let mut rows = rows.filter(|row| row["service"].as_str().is_some_and(|name| name.starts_with(&named_port)));
+            let holds = |row: &Value| {
+                let backends = row["cluster_backends"].as_array().into_iter().flatten().filter_map(Value::as_str);
+                let mut addresses: Vec<&str> = backends.filter_map(|one| one.split(':').next()).collect();
+                addresses.sort_unstable();
+                addresses == expected
+            };
+            let first =
+                rows.next().with_context(|| format!("{} is not in `sheave services`: {shown:#}", service.id()))?;
+            ensure!(holds(first) && rows.all(holds), "{} should have {expected:?}: {shown:#}", service.id());
             Ok(())
         });
         waited.with_context(|| format!("log of sheave:\n{}", self.agent.log()))
