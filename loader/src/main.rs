@@ -3,15 +3,15 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use sheave::cli::{Cli, Command, RunArgs, logging};
+use sheave::cli::{Cli, Command, RunArgs, logging, views};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if let Err(error) = logging::start(&cli.log) {
-        eprintln!("sheave: {error}");
+    if let Err(error) = logging::start(&cli.log).map_err(anyhow::Error::from) {
+        eprintln!("sheave: {error:#}");
         return ExitCode::FAILURE;
     }
     match (&cli.command, command(&cli.command)) {
@@ -30,9 +30,14 @@ fn main() -> ExitCode {
 fn command(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::Run(args) => run(args),
+        Command::Services(args) => Ok(views::services(args)?),
+        Command::Backends(args) => Ok(views::backends(args)?),
+        Command::Conntrack(args) => Ok(views::conntrack(args)?),
+        Command::Affinity(args) => Ok(views::affinity(args)?),
+        Command::Cleanup(pins) => Ok(sheave::dataplane::cleanup(&pins.pin_path)?),
         Command::Version => {
-            println!("sheave {} (map layout {})", env!("CARGO_PKG_VERSION"), sheave_common::LAYOUT_VERSION);
-            Ok(())
+            let layout = sheave_common::LAYOUT_VERSION;
+            Ok(views::print(&format!("sheave {} (map layout {layout})\n", env!("CARGO_PKG_VERSION")))?)
         }
     }
 }

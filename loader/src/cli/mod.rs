@@ -3,6 +3,7 @@
 pub mod logging;
 mod run;
 mod values;
+pub mod views;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -30,10 +31,10 @@ pub enum CliError {
         remedy: String,
     },
     /// This machine's name could not be read.
-    #[error("cannot read this machine's name from /proc/sys/kernel/hostname: {0}; give --node-name")]
+    #[error("cannot read this machine's name from /proc/sys/kernel/hostname; give --node-name")]
     Hostname(#[source] std::io::Error),
     /// A filter for the log.
-    #[error("--log-level {directives}: {source}; give error, warn, info, debug or trace, or RUST_LOG directives")]
+    #[error("--log-level {directives}: give error, warn, info, debug or trace, or RUST_LOG directives")]
     LogLevel {
         /// What was given.
         directives: String,
@@ -60,6 +61,16 @@ pub struct Cli {
 pub enum Command {
     /// Keep this node's kernel equal to the cluster's Services, until SIGTERM or SIGINT. The dataplane stays.
     Run(Box<RunArgs>),
+    /// Show the Services that the kernel balances, a row per frontend.
+    Services(views::ServicesArgs),
+    /// Show the backends, of all service ports.
+    Backends(views::ViewArgs),
+    /// Show the flows, half-open ones too, a row per direction.
+    Conntrack(views::ConntrackArgs),
+    /// Show which client comes back to which backend.
+    Affinity(views::ViewArgs),
+    /// Remove every trace of Sheave from this node: programs, links and maps. Refused while `sheave run` runs.
+    Cleanup(PinArgs),
     /// Print the version, and that of the map layouts.
     Version,
 }

@@ -29,15 +29,14 @@ use crate::config::InterfaceRules;
 pub enum InterfaceError {
     /// The netlink socket could not be opened or bound.
     #[error("cannot open a netlink route socket with its multicast groups: {0}; is this process in a sandbox?")]
-    Socket(#[source] io::Error),
+    Socket(io::Error),
     /// A listing failed.
-    #[error("cannot list {what} by netlink: {source}")]
+    #[error("cannot list {what} by netlink: {error}")]
     List {
         /// `links`, `addresses` or `routes`.
         what: &'static str,
         /// netlink's answer.
-        #[source]
-        source: rtnetlink::Error,
+        error: rtnetlink::Error,
     },
     /// The socket was closed.
     #[error("the netlink socket was closed")]
@@ -183,7 +182,7 @@ impl Socket {
     }
 
     async fn list(&mut self) -> Result<Listing, InterfaceError> {
-        let failed = |what| move |source| InterfaceError::List { what, source };
+        let failed = |what| move |error| InterfaceError::List { what, error };
         let links = self.handle.link().get().execute().try_collect::<Vec<_>>().await.map_err(failed("links"))?;
         let addresses = self.handle.address().get().execute().try_collect::<Vec<_>>().await;
         Ok(Listing {
@@ -200,7 +199,7 @@ impl Socket {
             request.header.address_family = family;
             let mut answers = std::pin::pin!(self.handle.route().get(request).execute());
             while let Some(route) =
-                next(&mut answers).await.map_err(|source| InterfaceError::List { what: "routes", source })?
+                next(&mut answers).await.map_err(|error| InterfaceError::List { what: "routes", error })?
             {
                 routes.extend(message::default_routes(&route));
             }

@@ -1,0 +1,61 @@
+//! `sheave backends`: one row per backend.
+
+use serde::Serialize;
+use sheave_common::backend::flags;
+
+use super::Row;
+use super::snapshot::{Snapshot, protocol_name};
+
+#[derive(Debug, Serialize)]
+pub(super) struct BackendRow {
+    id: u32,
+    service: String,
+    protocol: String,
+    address: String,
+    port: u16,
+    state: &'static str,
+    local: bool,
+    weight: u16,
+}
+
+pub(super) fn rows(snapshot: &Snapshot) -> Vec<BackendRow> {
+    let mut backends: Vec<_> = snapshot.backends.iter().collect();
+    backends.sort_by_cached_key(|(id, backend)| {
+        (snapshot.service(backend.service_id), snapshot.protocol(backend.service_id), backend.address, **id)
+    });
+    backends
+        .into_iter()
+        .map(|(id, backend)| BackendRow {
+            id: *id,
+            service: snapshot.service(backend.service_id),
+            protocol: snapshot.protocol(backend.service_id).map(protocol_name).unwrap_or_default(),
+            address: backend.address.ip().to_string(),
+            port: backend.address.port(),
+            state: if backend.flags & flags::TERMINATING == 0 { "ready" } else { "terminating" },
+            local: backend.flags & flags::LOCAL != 0,
+            weight: backend.weight,
+        })
+        .collect()
+}
+
+impl Row for BackendRow {
+    fn titles(&self) -> Vec<&'static str> {
+        vec!["ID", "SERVICE", "PROTOCOL", "ADDRESS", "STATE", "LOCAL", "WEIGHT"]
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let address = match self.address.contains(':') {
+            true => format!("[{}]:{}", self.address, self.port),
+            false => format!("{}:{}", self.address, self.port),
+        };
+        vec![
+            self.id.to_string(),
+            self.service.clone(),
+            self.protocol.clone(),
+            address,
+            self.state.to_owned(),
+            if self.local { "yes" } else { "no" }.to_owned(),
+            self.weight.to_string(),
+        ]
+    }
+}
