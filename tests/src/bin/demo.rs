@@ -28,6 +28,7 @@ const PICTURE: &str = "
 
 fn main() -> ExitCode {
     let started = Instant::now();
+    survive_interrupt();
     if let Err(error) = demonstrate() {
         eprintln!("\nThe demo failed, and what it had made is removed: {error:#}");
         return ExitCode::FAILURE;
@@ -38,6 +39,14 @@ fn main() -> ExitCode {
         started.elapsed().as_secs_f64()
     );
     ExitCode::SUCCESS
+}
+
+/// Ctrl-C ends curl, dig and the others; the demo then fails, and removes what it has made on its way out.
+fn survive_interrupt() {
+    extern "C" fn nothing(_signal: libc::c_int) {}
+    let handler: extern "C" fn(libc::c_int) = nothing;
+    // SAFETY: the handler does nothing, so it may run at any point.
+    unsafe { libc::signal(libc::SIGINT, handler as libc::sighandler_t) };
 }
 
 fn demonstrate() -> Result<()> {
