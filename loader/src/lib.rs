@@ -7,6 +7,7 @@ pub static EBPF_OBJECT: &[u8] = aya::include_bytes_aligned!(env!("SHEAVE_EBPF_OB
 
 pub mod cli;
 pub mod config;
+pub mod controller;
 pub mod dataplane;
 pub mod interfaces;
 pub mod model;

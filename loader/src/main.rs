@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use clap::Parser;
 use sheave::cli::{Cli, Command, RunArgs, logging, views};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, watch};
 use tracing::{error, info};
 
 fn main() -> ExitCode {
@@ -48,15 +47,11 @@ async fn run(args: &RunArgs) -> anyhow::Result<()> {
     let mut terminated = signal(SignalKind::terminate())?;
     let mut interrupted = signal(SignalKind::interrupt())?;
     info!(version = env!("CARGO_PKG_VERSION"), node = config.node_name, pins = %config.pin_path.display(), "starting");
-    let (events, mut received) = mpsc::channel(64);
-    let (_node_addresses, node_addresses) = watch::channel(Vec::new());
-    let interfaces = sheave::interfaces::run(config.interfaces, node_addresses, events);
-    let consumed = async { while received.recv().await.is_some() {} };
-    tokio::select! {
-        result = interfaces => result?,
-        () = consumed => {}
-        _ = terminated.recv() => info!("SIGTERM: stopping; the dataplane stays in place"),
-        _ = interrupted.recv() => info!("SIGINT: stopping; the dataplane stays in place"),
-    }
-    Ok(())
+    let shutdown = async move {
+        tokio::select! {
+            _ = terminated.recv() => info!("SIGTERM: stopping; the dataplane stays in place"),
+            _ = interrupted.recv() => info!("SIGINT: stopping; the dataplane stays in place"),
+        }
+    };
+    Ok(sheave::controller::run(config, shutdown).await?)
 }

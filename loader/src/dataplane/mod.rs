@@ -167,10 +167,13 @@ impl Dataplane {
     }
 
     fn sweep_edges(&mut self) -> Result<(), DataplaneError> {
-        if !self.unswept.is_empty() {
-            let swept = sweep::edges(&self.writer.maps, &self.unswept)?;
-            debug!(swept, interfaces = self.unswept.len(), "swept flows of interfaces that are gone");
-            self.unswept.clear();
+        if self.unswept.is_empty() {
+            return Ok(());
+        }
+        let swept = sweep::edges(&self.writer.maps, &self.unswept)?;
+        debug!(swept, interfaces = self.unswept.len(), "swept flows of interfaces that are gone");
+        while let Some(index) = self.unswept.pop_first() {
+            self.writer.delete_interface(index)?;
         }
         Ok(())
     }
@@ -183,10 +186,10 @@ impl Dataplane {
     pub fn attach(&mut self, interface: &Interface) -> Result<(), DataplaneError> {
         let index = interface.index;
         let role = if interface.role == Role::Pod { flags::POD } else { flags::UPLINK };
-        let old = self.writer.maps.interfaces.get(&index)?;
         if self.unswept.contains(&index) {
             self.sweep_edges()?;
         }
+        let old = self.writer.maps.interfaces.get(&index)?;
         let element = |xdp: bool| interface::Interface {
             source4: interface.source4.unwrap_or(Ipv4Addr::UNSPECIFIED).into(),
             source6: interface.source6.unwrap_or(Ipv6Addr::UNSPECIFIED).into(),
@@ -209,23 +212,18 @@ impl Dataplane {
         Ok(())
     }
 
-    /// Takes the programs off an interface, or removes what is left of it if it is gone. Its flows are swept before its
-    /// index is attached again.
+    /// Takes the programs off an interface, or removes what is left of it if it is gone. Its flows are swept by the next
+    /// [`Self::sweep`], and in any case before its index is attached again.
     ///
     /// # Errors
     ///
     /// If a pin can't be removed.
     pub fn detach(&mut self, index: u32) -> Result<(), DataplaneError> {
-        let old = self.writer.maps.interfaces.get(&index)?;
         self.links.detach(index)?;
-        let Some(old) = old else { return Ok(()) };
-        if old.flags & flags::POD != 0 {
-            self.unswept.insert(index);
-            // Until its flows are swept the element stays: it is what a restart sweeps by.
-            self.sweep_edges()?;
-        }
-        if self.writer.maps.interfaces.delete(&index)? {
-            self.writer.count();
+        match self.writer.maps.interfaces.get(&index)? {
+            // The element stays until the flows are swept: it is what a restart sweeps by.
+            Some(old) if old.flags & flags::POD != 0 => drop(self.unswept.insert(index)),
+            _ => self.writer.delete_interface(index)?,
         }
         Ok(())
     }

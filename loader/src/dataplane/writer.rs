@@ -60,15 +60,18 @@ impl Writer {
         self.writes
     }
 
-    /// Counts a write that was made past this type.
-    pub(super) fn count(&mut self) {
-        self.writes += 1;
-    }
-
     /// Writes an interface's element if it differs.
     pub(super) fn put_interface(&mut self, index: u32, interface: Interface) -> Result<(), MapError> {
         if self.maps.interfaces.get(&index)? != Some(interface) {
             self.maps.interfaces.put(&index, &interface)?;
+            self.writes += 1;
+        }
+        Ok(())
+    }
+
+    /// Deletes an interface's element; it need not be there.
+    pub(super) fn delete_interface(&mut self, index: u32) -> Result<(), MapError> {
+        if self.maps.interfaces.delete(&index)? {
             self.writes += 1;
         }
         Ok(())

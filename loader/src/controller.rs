@@ -1,0 +1,373 @@
+//! The one task that ties sources, model, dataplane and interfaces together, and the only one that writes.
+//!
+//! A change is applied at once; a burst becomes one pass. Nothing is applied before the source and the interfaces have
+//! reported everything that existed at the start: a Service without its EndpointSlices, or nodePorts without addresses,
+//! would undo what the kernel still holds from before. Programs are put on interfaces right away. Nothing is undone at
+//! the end: the dataplane outlives this task.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::future::Future;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinError, JoinHandle, JoinSet};
+use tokio::time::{Instant, sleep_until};
+use tracing::{debug, error, info, warn};
+
+use crate::config::RunConfig;
+use crate::dataplane::{self, Applied, Dataplane, DataplaneError};
+use crate::interfaces::{self, Event, Interface, InterfaceError};
+use crate::model::desired::{ServiceKey, ServicePort, ServicePortName};
+use crate::model::{Change, Model, ModelOptions};
+use crate::plan::Grace;
+use crate::source::{self, SourceError, SourceEvent};
+
+/// The least time between two passes: what arrives meanwhile becomes one.
+const PAUSE: Duration = Duration::from_millis(5);
+/// The first wait before something that failed is tried again; each further one is twice as long.
+const FIRST_RETRY: Duration = Duration::from_millis(200);
+const LONGEST_RETRY: Duration = Duration::from_secs(30);
+/// Events that may wait for the controller.
+const QUEUE: usize = 1_024;
+
+/// Why the controller had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum ControllerError {
+    /// The dataplane can't be set up.
+    #[error(transparent)]
+    Dataplane(#[from] DataplaneError),
+    /// The source can't work.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// Interfaces can't be followed.
+    #[error(transparent)]
+    Interfaces(#[from] InterfaceError),
+    /// A task broke down.
+    #[error("a task of the controller broke down")]
+    Task(#[from] JoinError),
+    /// A task ended that should not.
+    #[error("the source or the interface watch ended without an error")]
+    Ended,
+}
+
+/// Runs until `shutdown` completes, and leaves the dataplane in place.
+///
+/// # Errors
+///
+/// Only what waiting does not mend; failures to apply a change are logged and retried.
+pub async fn run(config: RunConfig, shutdown: impl Future<Output = ()>) -> Result<(), ControllerError> {
+    let dataplane = Dataplane::open(&config)?;
+    let (source_sender, mut source_events) = mpsc::channel(QUEUE);
+    let (interface_sender, mut interface_events) = mpsc::channel(QUEUE);
+    let (node_addresses, watched_addresses) = watch::channel(Vec::new());
+    let mut tasks = JoinSet::new();
+    let (rules, source, node) = (config.interfaces.clone(), config.source.clone(), config.node_name.clone());
+    tasks.spawn(async { source::run(source, node, source_sender).await.map_err(ControllerError::from) });
+    tasks.spawn(async { interfaces::run(rules, watched_addresses, interface_sender).await.map_err(From::from) });
+    let mut controller = Controller::new(&config, dataplane, node_addresses);
+    let mut shutdown = std::pin::pin!(shutdown);
+    loop {
+        let due = controller.due();
+        tokio::select! {
+            () = &mut shutdown => return Ok(()),
+            Some(event) = source_events.recv() => controller.source_event(event),
+            Some(event) = interface_events.recv() => controller.interface_event(event),
+            () = until(due) => {}
+            result = grace_over(&mut controller.grace) => {
+                let grace = result?;
+                controller.reclaim(grace);
+            }
+            ended = tasks.join_next() => {
+                return match ended {
+                    Some(result) => result?.and(Err(ControllerError::Ended)),
+                    None => Err(ControllerError::Ended),
+                };
+            }
+        }
+        // What waits already becomes one pass with it.
+        for _ in 0..QUEUE {
+            let Ok(event) = source_events.try_recv() else { break };
+            controller.source_event(event);
+        }
+        for _ in 0..QUEUE {
+            let Ok(event) = interface_events.try_recv() else { break };
+            controller.interface_event(event);
+        }
+        controller.pass();
+    }
+}
+
+async fn until(due: Option<Instant>) {
+    match due {
+        Some(instant) => sleep_until(instant).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// A grace period that is passing, in a thread of its own.
+type Passing = (JoinHandle<()>, Grace);
+
+/// Completes when a grace period has passed; never if none does.
+async fn grace_over(passing: &mut Option<Passing>) -> Result<Grace, JoinError> {
+    match passing {
+        Some((thread, grace)) => {
+            let grace = *grace;
+            thread.await?;
+            *passing = None;
+            Ok(grace)
+        }
+        None => std::future::pending().await,
+    }
+}
+
+struct Controller {
+    dataplane: Dataplane,
+    model: Model,
+    node_name: String,
+    node_addresses: watch::Sender<Vec<IpAddr>>,
+    source_synced: bool,
+    interfaces_synced: bool,
+    /// Everything was made as desired once; from then on only what changes is.
+    settled: bool,
+    dirty: BTreeSet<ServiceKey>,
+    /// Service ports of each Service that the dataplane was told of.
+    ports: BTreeMap<ServiceKey, BTreeSet<ServicePortName>>,
+    interfaces: BTreeMap<u32, Interface>,
+    /// Interfaces that programs could not be put on.
+    unattached: BTreeSet<u32>,
+    /// Service ports that failed, with what was logged.
+    failures: BTreeMap<ServicePortName, String>,
+    grace: Option<Passing>,
+    next_pass: Instant,
+    retry: Option<Instant>,
+    retry_delay: Duration,
+}
+
+impl Controller {
+    fn new(config: &RunConfig, dataplane: Dataplane, node_addresses: watch::Sender<Vec<IpAddr>>) -> Self {
+        let options = ModelOptions {
+            node_name: config.node_name.clone(),
+            external_ips: config.external_ips,
+            nodeport_addresses: config.nodeport_addresses.clone(),
+        };
+        Self {
+            dataplane,
+            model: Model::new(options),
+            node_name: config.node_name.clone(),
+            node_addresses,
+            source_synced: false,
+            interfaces_synced: false,
+            settled: false,
+            dirty: BTreeSet::new(),
+            ports: BTreeMap::new(),
+            interfaces: BTreeMap::new(),
+            unattached: BTreeSet::new(),
+            failures: BTreeMap::new(),
+            grace: None,
+            next_pass: Instant::now(),
+            retry: None,
+            retry_delay: FIRST_RETRY,
+        }
+    }
+
+    fn source_event(&mut self, event: SourceEvent) {
+        match event {
+            SourceEvent::Changes(changes) => {
+                for change in changes {
+                    if let Change::Node(node) = &change
+                        && node.name == self.node_name
+                    {
+                        self.node(node.internal_ips.clone());
+                    }
+                    self.dirty.extend(self.model.apply(change));
+                }
+            }
+            SourceEvent::Synced => {
+                info!(services = self.model.services().count(), "the source has reported everything");
+                self.source_synced = true;
+            }
+        }
+    }
+
+    /// This node's addresses changed, or were told again.
+    fn node(&mut self, addresses: Vec<IpAddr>) {
+        let node4 = addresses.iter().find_map(|address| if let IpAddr::V4(v4) = address { Some(*v4) } else { None });
+        let node6 = addresses.iter().find_map(|address| if let IpAddr::V6(v6) = address { Some(*v6) } else { None });
+        if let Err(error) = self.dataplane.set_node_addresses(node4, node6) {
+            error!(error = chain(&error), "cannot tell the programs this node's addresses");
+        }
+        self.node_addresses.send_if_modified(|known| {
+            let differs = *known != addresses;
+            *known = addresses;
+            differs
+        });
+    }
+
+    fn interface_event(&mut self, event: Event) {
+        match event {
+            Event::Present(interface) => {
+                let index = interface.index;
+                self.interfaces.insert(index, interface);
+                self.attach(index);
+            }
+            Event::Gone { index } => {
+                self.interfaces.remove(&index);
+                self.unattached.remove(&index);
+                if let Err(error) = self.dataplane.detach(index) {
+                    warn!(index, error = chain(&error), "cannot clean up after an interface");
+                }
+            }
+            Event::Addresses(addresses) => {
+                self.dirty.extend(self.model.set_node_addresses(addresses.into_iter().collect()));
+            }
+            Event::Synced => {
+                self.interfaces_synced = true;
+                let existing = self.interfaces.keys().copied().collect();
+                if let Err(error) = self.dataplane.prune_interfaces(&existing) {
+                    warn!(error = chain(&error), "cannot clean up after interfaces that went away");
+                }
+            }
+        }
+    }
+
+    fn attach(&mut self, index: u32) {
+        let Some(interface) = self.interfaces.get(&index) else { return };
+        match self.dataplane.attach(interface) {
+            Ok(()) => {
+                if self.unattached.remove(&index) {
+                    info!(interface.name, index, "attached after all");
+                }
+            }
+            Err(error) => {
+                if self.unattached.insert(index) {
+                    warn!(interface.name, index, error = chain(&error), "cannot attach; will try again");
+                }
+            }
+        }
+    }
+
+    /// When a pass is due without a further event, if one is.
+    fn due(&self) -> Option<Instant> {
+        let change = (self.may_apply() && self.has_changes()).then_some(self.next_pass);
+        [change, self.retry].into_iter().flatten().min()
+    }
+
+    const fn may_apply(&self) -> bool {
+        self.source_synced && self.interfaces_synced
+    }
+
+    fn has_changes(&self) -> bool {
+        !self.settled || !self.dirty.is_empty()
+    }
+
+    fn pass(&mut self) {
+        let now = Instant::now();
+        let retry = self.retry.is_some_and(|retry| retry <= now);
+        if retry {
+            self.retry = None;
+            for index in self.unattached.clone() {
+                self.attach(index);
+            }
+        }
+        if self.may_apply() && now >= self.next_pass && (self.has_changes() || retry) {
+            self.apply(now);
+            self.next_pass = Instant::now() + PAUSE;
+        }
+        if let Err(error) = self.dataplane.sweep() {
+            warn!(error = chain(&error), "cannot sweep flows");
+        }
+        if self.grace.is_none()
+            && let Some(grace) = self.dataplane.begin_grace()
+        {
+            self.grace = Some((tokio::task::spawn_blocking(dataplane::grace_period), grace));
+        }
+        self.schedule_retry(retry);
+    }
+
+    fn apply(&mut self, started: Instant) {
+        let dirty = std::mem::take(&mut self.dirty);
+        let services = dirty.len();
+        let applied = if self.settled {
+            let mut changed = BTreeMap::new();
+            for key in dirty {
+                self.changes_of(key, &mut changed);
+            }
+            self.dataplane.apply(changed)
+        } else {
+            self.settled = true;
+            let mut desired = BTreeMap::new();
+            for key in self.model.services() {
+                let ports = self.model.desired(key);
+                self.ports.insert(key.clone(), ports.keys().cloned().collect());
+                desired.extend(ports);
+            }
+            self.dataplane.apply_all(desired)
+        };
+        debug!(services, writes = applied.written, elapsed = ?started.elapsed(), "applied");
+        self.report(applied);
+    }
+
+    /// What the dataplane has to be told of a Service that may have changed.
+    fn changes_of(&mut self, key: ServiceKey, changed: &mut BTreeMap<ServicePortName, Option<ServicePort>>) {
+        let desired = self.model.desired(&key);
+        let names: BTreeSet<ServicePortName> = desired.keys().cloned().collect();
+        let known = if names.is_empty() {
+            self.ports.remove(&key).unwrap_or_default()
+        } else {
+            self.ports.insert(key, names).unwrap_or_default()
+        };
+        changed.extend(known.into_iter().map(|name| (name, None)));
+        changed.extend(desired.into_iter().map(|(name, port)| (name, Some(port))));
+    }
+
+    fn reclaim(&mut self, grace: Grace) {
+        match self.dataplane.reclaim(grace) {
+            Ok(applied) => {
+                debug!(writes = applied.written, "reclaimed");
+                self.report(applied);
+            }
+            Err(error) => warn!(error = chain(&error), "cannot reclaim"),
+        }
+    }
+
+    /// Logs a failure when it is new, and its end.
+    fn report(&mut self, applied: Applied) {
+        if let Some(error) = applied.other {
+            error!(error = chain(&error), "cannot write to a map; will try again");
+        }
+        for (name, failure) in applied.failed {
+            let text = chain(&failure);
+            if self.failures.get(&name) != Some(&text) {
+                error!(service = %name, error = text, "not applied; will try again, other services are not affected");
+                self.failures.insert(name, text);
+            }
+        }
+        if !self.dataplane.is_unfinished() && !self.failures.is_empty() {
+            info!(services = self.failures.len(), "what had failed is applied");
+            self.failures.clear();
+        }
+    }
+
+    fn schedule_retry(&mut self, retried: bool) {
+        if !self.dataplane.is_unfinished() && self.unattached.is_empty() {
+            (self.retry, self.retry_delay) = (None, FIRST_RETRY);
+        } else if self.retry.is_none() {
+            if retried {
+                self.retry_delay = (self.retry_delay * 2).min(LONGEST_RETRY);
+            }
+            self.retry = Some(Instant::now() + self.retry_delay);
+        }
+    }
+}
+
+/// An error with its causes, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
