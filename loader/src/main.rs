@@ -1,11 +1,16 @@
 //! The `sheave` binary: parses the command line, starts logging, and calls what was asked for.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use sheave::cli::{Cli, Command, RunArgs, logging, views};
+use sheave::controller;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info};
+
+/// How long blocking work may take to end after a stop.
+const STOP: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -41,17 +46,22 @@ fn command(command: &Command) -> anyhow::Result<()> {
     }
 }
 
-#[tokio::main]
-async fn run(args: &RunArgs) -> anyhow::Result<()> {
+fn run(args: &RunArgs) -> anyhow::Result<()> {
     let config = args.config()?;
-    let mut terminated = signal(SignalKind::terminate())?;
-    let mut interrupted = signal(SignalKind::interrupt())?;
     info!(version = env!("CARGO_PKG_VERSION"), node = config.node_name, pins = %config.pin_path.display(), "starting");
-    let shutdown = async move {
-        tokio::select! {
-            _ = terminated.recv() => info!("SIGTERM: stopping; the dataplane stays in place"),
-            _ = interrupted.recv() => info!("SIGINT: stopping; the dataplane stays in place"),
-        }
-    };
-    Ok(sheave::controller::run(config, shutdown).await?)
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(async {
+        let mut terminated = signal(SignalKind::terminate())?;
+        let mut interrupted = signal(SignalKind::interrupt())?;
+        let shutdown = async {
+            tokio::select! {
+                _ = terminated.recv() => info!("SIGTERM: stopping; the dataplane stays in place"),
+                _ = interrupted.recv() => info!("SIGINT: stopping; the dataplane stays in place"),
+            }
+        };
+        anyhow::Ok(controller::run(config, shutdown).await?)
+    });
+    // Threads that wait in a system call don't hold up the end.
+    runtime.shutdown_timeout(STOP);
+    result
 }
