@@ -57,10 +57,8 @@ pub fn ingress<C: Context>(ctx: &C, network: u32, origin: Origin) -> Verdict {
         Kind::NotOurs => return Verdict::Pass,
         Kind::Malformed => return malformed(),
         Kind::IcmpError => {
-            return match icmp::error(ctx, &packet, Direction::Ingress) {
-                Verdict::Pass => unsupported(&packet, DropReason::UnsupportedProtocol),
-                verdict => verdict,
-            };
+            return icmp::error(ctx, &packet, Direction::Ingress)
+                .unwrap_or_else(|| unsupported(&packet, DropReason::UnsupportedProtocol));
         }
         Kind::Fragment => return unsupported(&packet, DropReason::Fragment),
         Kind::Other => return unsupported(&packet, DropReason::UnsupportedProtocol),
@@ -86,7 +84,7 @@ pub fn egress<C: Context>(ctx: &C, network: u32, origin: Origin) -> Verdict {
     let mut packet = Packet::blank();
     match ipv4::parse(ctx, network, edge(ctx, origin), &mut packet) {
         Kind::Transport => {}
-        Kind::IcmpError => return icmp::error(ctx, &packet, Direction::Egress),
+        Kind::IcmpError => return icmp::error(ctx, &packet, Direction::Egress).unwrap_or(Verdict::Pass),
         _ => return Verdict::Pass,
     }
     match conntrack::find(&packet, features::now()) {

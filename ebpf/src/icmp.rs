@@ -30,31 +30,37 @@ struct Ports {
     rest: [u8; 4],
 }
 
-/// Translates an ICMP error if it is about a flow of this edge; else passes it.
+/// Translates an ICMP error if it is about a flow of this edge; `None` if it isn't.
 #[inline(always)]
-pub fn error<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, direction: Direction) -> Verdict {
-    Verdict::from_bits(error_bits(ctx, packet, direction))
+pub fn error<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, direction: Direction) -> Option<Verdict> {
+    match error_bits(ctx, packet, direction) {
+        FOREIGN => None,
+        bits => Some(Verdict::from_bits(bits)),
+    }
 }
+
+/// Not a verdict: the error is about no flow of this edge.
+const FOREIGN: u64 = u64::MAX;
 
 /// A function of its own in the kernel too, so that its stack is not that of ordinary packets.
 #[inline(never)]
 fn error_bits<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, direction: Direction) -> u64 {
-    translate_error(ctx, packet, direction).to_bits()
+    translate_error(ctx, packet, direction).map_or(FOREIGN, Verdict::to_bits)
 }
 
 #[inline(always)]
-fn translate_error<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, direction: Direction) -> Verdict {
+fn translate_error<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, direction: Direction) -> Option<Verdict> {
     let inner = packet.transport::<C>() + LENGTH;
-    let Some(kind) = ctx.load::<u8>(packet.transport::<C>()) else { return Verdict::Pass };
-    let Some(quoted) = ctx.load::<ipv4::Header>(inner) else { return Verdict::Pass };
+    let kind = ctx.load::<u8>(packet.transport::<C>())?;
+    let quoted = ctx.load::<ipv4::Header>(inner)?;
     if quoted.version_and_length != 0x45 || quoted.fragment_be & 0x1fff_u16.to_be() != 0 {
-        return Verdict::Pass;
+        return None;
     }
     if !translate::translated(quoted.protocol) {
-        return Verdict::Pass;
+        return None;
     }
     let inner_transport = inner + ipv4::LENGTH;
-    let Some(ports) = ctx.load::<Ports>(inner_transport) else { return Verdict::Pass };
+    let ports = ctx.load::<Ports>(inner_transport)?;
     let old = Tuple {
         source: quoted.source,
         destination: quoted.destination,
@@ -63,12 +69,12 @@ fn translate_error<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, direction:
     };
     // The error travels against the quoted packet, so it belongs to the flow of packets in its own direction.
     let key = FlowKey::new(old.reversed(), quoted.protocol, packet.key.edge);
-    let Some(flow) = find(&key) else { return Verdict::Pass };
+    let flow = find(&key)?;
     if !direction.applies(flow.flags) {
-        return Verdict::Pass;
+        return None;
     }
     if kind == REDIRECT {
-        return Verdict::Drop(DropReason::IcmpRedirect);
+        return Some(Verdict::Drop(DropReason::IcmpRedirect));
     }
     let outer = Tuple {
         source: if flow.rewrite.source == key.tuple.source && flow.flags & flags::REDIRECT == 0 {
@@ -83,11 +89,11 @@ fn translate_error<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, direction:
     let route = if redirected {
         // An ICMP error is never answered with another (RFC 1122, 3.2.2).
         if packet.ttl <= 1 {
-            return Verdict::Drop(DropReason::TtlExceeded);
+            return Some(Verdict::Drop(DropReason::TtlExceeded));
         }
         match route::find(ctx, &outer, packet.key.protocol, packet.length) {
             Ok(route) => Some(route),
-            Err(_) => return Verdict::Drop(DropReason::NoRoute),
+            Err(_) => return Some(Verdict::Drop(DropReason::NoRoute)),
         }
     } else {
         None
@@ -96,14 +102,14 @@ fn translate_error<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, direction:
     if !rewrite_quoted(ctx, packet, quoted.protocol, &old, &flow.rewrite.reversed())
         || translate::rewrite_addresses(ctx, packet, &outer, redirected, changed).is_none()
     {
-        return Verdict::Drop(DropReason::RewriteFailed);
+        return Some(Verdict::Drop(DropReason::RewriteFailed));
     }
     observe::packet(flow.service_id, packet.length);
-    match route {
+    Some(match route {
         Some(route) => forward::send(ctx, &route),
         None if flow.flags & flags::HAIRPIN != 0 => forward::back(ctx, packet),
         None => Verdict::Pass,
-    }
+    })
 }
 
 /// The flow that an error is about, whatever its state.

@@ -12,6 +12,7 @@ pub mod kube_api;
 pub mod leftovers;
 pub mod manifests;
 pub mod netns;
+pub mod packet;
 pub mod process;
 pub mod program;
 pub mod scenario;

@@ -124,6 +124,18 @@ impl Programs {
         Ok(HashMap::try_from(self.bpf.map_mut(name).with_context(|| format!("no map {name}"))?)?)
     }
 
+    /// A second handle of a map, for another thread.
+    pub fn share(&mut self, name: &str) -> Result<aya::maps::Map> {
+        use aya::maps::{Map, MapData};
+        let map = self.bpf.map_mut(name).with_context(|| format!("no map {name}"))?;
+        let again = |data: &MapData| -> Result<MapData> { Ok(MapData::from_id(data.info()?.id())?) };
+        match map {
+            Map::HashMap(data) => Ok(Map::HashMap(again(data)?)),
+            Map::Array(data) => Ok(Map::Array(again(data)?)),
+            _ => Err(anyhow!("{name} is neither a hash nor an array")),
+        }
+    }
+
     /// Writes a service port's backends, table runs and frontends, and returns its backend ids in order.
     pub fn service(&mut self, service: &Service) -> Result<Vec<u32>> {
         let mut ids = Vec::new();
@@ -209,7 +221,8 @@ impl Programs {
         ] {
             skb[offset..offset + 4].copy_from_slice(&value.to_ne_bytes());
         }
-        let mut out = vec![0_u8; 70_000];
+        // An answer may be longer than the packet that it answers.
+        let mut out = vec![0_u8; packet.len() + 256];
         let result = program.test_run(TestRunOptions {
             data_in: Some(packet),
             data_out: Some(&mut out),

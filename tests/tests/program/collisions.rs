@@ -1,0 +1,103 @@
+//! Two flows that want the same tuple after translation.
+
+use sheave_common::{PROTOCOL_TCP, PROTOCOL_UDP, names};
+use sheave_tests::packet::{ACK, Packet, RST, SYN, View};
+use sheave_tests::program::{NEXT, Programs};
+
+use crate::{address, cluster_ip, pod};
+
+const CLIENT: &str = "10.1.0.1:40000";
+const BACKEND: &str = "10.1.0.2:8080";
+
+/// Two services with one backend address.
+fn services(protocol: u8) -> Programs {
+    let mut programs = Programs::load().unwrap();
+    programs.service(&cluster_ip(1, protocol, "10.96.0.10:80", &[BACKEND])).unwrap();
+    programs.service(&cluster_ip(2, protocol, "10.96.0.11:80", &[BACKEND])).unwrap();
+    programs
+}
+
+#[test]
+fn one_client_port_to_two_services_with_one_backend_works_for_both() {
+    for protocol in [PROTOCOL_TCP, PROTOCOL_UDP] {
+        let mut programs = services(protocol);
+        let packet = |from: &str, to: &str, flags: u8| match protocol {
+            PROTOCOL_TCP => Packet::tcp(from, to, flags).build(),
+            _ => Packet::udp(from, to).build(),
+        };
+        let first = pod(&mut programs, "pod_ingress", &packet(CLIENT, "10.96.0.10:80", SYN));
+        let second = pod(&mut programs, "pod_ingress", &packet(CLIENT, "10.96.0.11:80", SYN));
+        assert_eq!(View(&first.packet).source(), address(CLIENT));
+        let moved = View(&second.packet).source();
+        assert_eq!(moved.ip(), address(CLIENT).ip(), "the client's address is kept");
+        assert!((61_000..=65_535).contains(&moved.port()), "{moved}");
+        View(&second.packet).assert_checksums();
+        for (to, vip) in [(CLIENT.to_owned(), "10.96.0.10:80"), (moved.to_string(), "10.96.0.11:80")] {
+            let back = pod(&mut programs, "pod_egress", &packet(BACKEND, &to, SYN | ACK));
+            assert_eq!(back.action, NEXT);
+            assert_eq!(View(&back.packet).tuple(), format!("{vip} → {CLIENT}"));
+            View(&back.packet).assert_checksums();
+        }
+    }
+}
+
+#[test]
+fn a_closed_flow_in_the_way_is_replaced_not_avoided() {
+    let mut programs = services(PROTOCOL_TCP);
+    for (program, packet) in [
+        ("pod_ingress", Packet::tcp(CLIENT, "10.96.0.10:80", SYN)),
+        ("pod_egress", Packet::tcp(BACKEND, CLIENT, SYN | ACK)),
+        ("pod_ingress", Packet::tcp(CLIENT, "10.96.0.10:80", ACK)),
+        ("pod_ingress", Packet::tcp(CLIENT, "10.96.0.10:80", RST)),
+    ] {
+        pod(&mut programs, program, &packet.build());
+    }
+    let second = pod(&mut programs, "pod_ingress", &Packet::tcp(CLIENT, "10.96.0.11:80", SYN).build());
+    assert_eq!(View(&second.packet).tuple(), format!("{CLIENT} → {BACKEND}"));
+    let back = pod(&mut programs, "pod_egress", &Packet::tcp(BACKEND, CLIENT, SYN | ACK).build());
+    assert_eq!(View(&back.packet).tuple(), format!("10.96.0.11:80 → {CLIENT}"));
+}
+
+#[test]
+fn an_expired_flow_in_the_way_is_replaced() {
+    let mut programs = Programs::load_with(|config| config.timeouts.udp_new = 0).unwrap();
+    programs.service(&cluster_ip(1, PROTOCOL_UDP, "10.96.0.10:80", &[BACKEND])).unwrap();
+    programs.service(&cluster_ip(2, PROTOCOL_UDP, "10.96.0.11:80", &[BACKEND])).unwrap();
+    pod(&mut programs, "pod_ingress", &Packet::udp(CLIENT, "10.96.0.10:80").build());
+    std::thread::sleep(std::time::Duration::from_millis(1_100));
+    let second = pod(&mut programs, "pod_ingress", &Packet::udp(CLIENT, "10.96.0.11:80").build());
+    assert_eq!(View(&second.packet).source(), address(CLIENT));
+}
+
+#[test]
+fn when_every_source_port_is_taken_the_connection_is_dropped_and_the_others_live() {
+    let mut programs = Programs::load_with(|config| {
+        config.snat_port_first = 61_000;
+        config.snat_port_last = 61_001;
+    })
+    .unwrap();
+    for id in 1..=4 {
+        programs.service(&cluster_ip(id, PROTOCOL_UDP, &format!("10.96.0.{id}:80"), &[BACKEND])).unwrap();
+    }
+    let mut sources = std::collections::HashSet::new();
+    for id in 1..=3 {
+        let packet = Packet::udp(CLIENT, &format!("10.96.0.{id}:80")).build();
+        sources.insert(View(&pod(&mut programs, "pod_ingress", &packet).packet).source());
+    }
+    assert_eq!(sources.len(), 3);
+    let last = pod(&mut programs, "pod_ingress", &Packet::udp(CLIENT, "10.96.0.4:80").build());
+    assert_eq!(last.action, sheave_tests::program::DROP);
+    assert_eq!(programs.dropped(sheave_common::DropReason::SnatPortsExhausted).unwrap(), 1);
+    assert_eq!(programs.flows(names::CONNTRACK4).unwrap().len(), 6);
+}
+
+#[test]
+fn flows_of_two_pods_with_one_address_do_not_meet() {
+    // The edge is part of the key: the same tuple at another veth is another flow.
+    let mut programs = services(PROTOCOL_TCP);
+    let packet = Packet::tcp(CLIENT, "10.96.0.10:80", SYN).build();
+    pod(&mut programs, "pod_ingress", &packet);
+    let outside = programs.tc("uplink_ingress", &packet, sheave_tests::program::SkbContext::default()).unwrap();
+    assert_eq!(View(&outside.packet).tuple(), format!("{CLIENT} → {BACKEND}"), "no port was moved");
+    assert_eq!(programs.flows(names::HALF_OPEN4).unwrap().len(), 4);
+}

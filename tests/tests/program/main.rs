@@ -1,0 +1,50 @@
+//! The real programs on hand-made packets: packet in, then verdict, packet out and map contents.
+//!
+//! Needs root and a kernel with BPF; nothing is attached or pinned.
+
+mod clusterip;
+mod collisions;
+mod icmp;
+mod nodeport;
+mod refusals;
+mod versions;
+
+use std::net::SocketAddrV4;
+
+use sheave_common::frontend::flags;
+use sheave_common::{PROTOCOL_TCP, PROTOCOL_UDP};
+use sheave_tests::program::{Outcome, Programs, Service, SkbContext};
+
+/// Interface that pods' packets are on in these tests: loopback, the only one that a new namespace has.
+const POD_EDGE: u32 = 1;
+
+fn address(text: &str) -> SocketAddrV4 {
+    text.parse().expect("address:port")
+}
+
+/// A service with a ClusterIP.
+fn cluster_ip(id: u32, protocol: u8, frontend: &str, endpoints: &[&str]) -> Service {
+    Service {
+        id,
+        frontends: vec![(address(frontend), flags::CLUSTER_IP)],
+        protocol,
+        endpoints: endpoints.iter().map(|endpoint| (address(endpoint), true)).collect(),
+        affinity: 0,
+    }
+}
+
+/// Programs with the two services that most tests use: TCP and UDP behind one ClusterIP, one endpoint each.
+fn two_services() -> Programs {
+    let mut programs = Programs::load().expect("programs load");
+    for (id, protocol, endpoint) in [(1, PROTOCOL_TCP, "10.1.0.2:8080"), (2, PROTOCOL_UDP, "10.1.0.2:5353")] {
+        let port = if protocol == PROTOCOL_TCP { 80 } else { 53 };
+        let service = cluster_ip(id, protocol, &format!("10.96.0.10:{port}"), &[endpoint]);
+        programs.service(&service).expect("service");
+    }
+    programs
+}
+
+/// Runs a tc program on a packet at the pod edge.
+fn pod(programs: &mut Programs, program: &str, packet: &[u8]) -> Outcome {
+    programs.tc(program, packet, SkbContext { ifindex: POD_EDGE, ..SkbContext::default() }).expect("test run")
+}

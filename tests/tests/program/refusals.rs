@@ -1,0 +1,178 @@
+//! Packets that are answered, dropped or left alone.
+
+use sheave_common::frontend::flags;
+use sheave_common::{DropReason, PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP, names};
+use sheave_tests::packet::{ACK, CLIENT_MAC, NODE_MAC, PSH, Packet, RST, SYN, View};
+use sheave_tests::program::{DROP, NEXT, Programs, REDIRECT, Service, SkbContext};
+
+use crate::{address, cluster_ip, pod, two_services};
+
+const CLIENT: &str = "10.1.0.1:40000";
+const VIP: &str = "10.96.0.10:80";
+
+#[test]
+fn a_service_without_endpoints_refuses_at_once_in_its_own_name() {
+    let mut programs = Programs::load().unwrap();
+    programs.service(&cluster_ip(1, PROTOCOL_TCP, VIP, &[])).unwrap();
+    programs.service(&cluster_ip(2, PROTOCOL_UDP, "10.96.0.10:53", &[])).unwrap();
+    for packet in [Packet::tcp(CLIENT, VIP, SYN), Packet::udp(CLIENT, "10.96.0.10:53")] {
+        let sent = packet.build();
+        let answer = pod(&mut programs, "pod_ingress", &sent);
+        assert_eq!(answer.action, REDIRECT);
+        let view = View(&answer.packet);
+        assert_eq!(view.protocol(), PROTOCOL_ICMP);
+        assert_eq!(view.icmp(), (3, 3));
+        assert_eq!(view.addresses(), ("10.96.0.10".parse().unwrap(), "10.1.0.1".parse().unwrap()));
+        assert_eq!(view.macs(), (CLIENT_MAC, NODE_MAC));
+        assert_eq!(view.quoted()[14..], sent[14..42], "the quoted packet is the one that was sent");
+        view.assert_checksums();
+    }
+    assert_eq!(programs.dropped(DropReason::NoEndpoint).unwrap(), 2);
+    assert!(programs.flows(names::HALF_OPEN4).unwrap().is_empty());
+}
+
+#[test]
+fn rejects_are_rate_limited() {
+    let mut programs = Programs::load_with(|config| config.rejects_per_second = 5).unwrap();
+    programs.service(&cluster_ip(1, PROTOCOL_TCP, VIP, &[])).unwrap();
+    let packet = Packet::tcp(CLIENT, VIP, SYN).build();
+    for _ in 0..200 {
+        pod(&mut programs, "pod_ingress", &packet);
+    }
+    let sent = programs.dropped(DropReason::NoEndpoint).unwrap();
+    let limited = programs.dropped(DropReason::RejectLimited).unwrap();
+    assert_eq!(sent + limited, 200);
+    // Two CPUs and, at the most, a change of the second in between.
+    assert!((5..=40).contains(&sent), "{sent} sent");
+}
+
+#[test]
+fn a_port_that_a_cluster_ip_does_not_have_is_refused() {
+    let mut programs = two_services();
+    let answer = pod(&mut programs, "pod_ingress", &Packet::tcp(CLIENT, "10.96.0.10:81", SYN).build());
+    assert_eq!((answer.action, View(&answer.packet).icmp()), (REDIRECT, (3, 3)));
+    assert_eq!(programs.dropped(DropReason::UnknownPort).unwrap(), 1);
+}
+
+#[test]
+fn mid_flow_tcp_that_no_flow_knows_is_reset_and_never_forwarded() {
+    let mut programs = two_services();
+    let segment = Packet::tcp(CLIENT, VIP, PSH | ACK).numbers(1_000, 2_000).payload(b"late").build();
+    let answer = pod(&mut programs, "pod_ingress", &segment);
+    assert_eq!(answer.action, REDIRECT);
+    let view = View(&answer.packet);
+    assert_eq!(view.tuple(), format!("{VIP} → {CLIENT}"));
+    assert_eq!((view.tcp_flags(), view.numbers()), (RST, (2_000, 0)));
+    view.assert_checksums();
+    // Without an ACK the reset acknowledges what was sent (RFC 9293, 3.10.7.1).
+    let segment = Packet::tcp(CLIENT, VIP, PSH).numbers(1_000, 0).payload(b"late").build();
+    let answer = pod(&mut programs, "pod_ingress", &segment);
+    let view = View(&answer.packet);
+    assert_eq!((view.tcp_flags(), view.numbers()), (RST | ACK, (0, 1_004)));
+    view.assert_checksums();
+    // A reset is never answered with a reset.
+    let reset = Packet::tcp(CLIENT, VIP, RST).build();
+    assert_eq!(pod(&mut programs, "pod_ingress", &reset).action, DROP);
+    assert_eq!(programs.dropped(DropReason::NoFlow).unwrap(), 3);
+}
+
+#[test]
+fn connections_of_another_proxy_drain_in_peace_when_asked_to() {
+    let mut programs =
+        Programs::load_with(|config| config.flags |= sheave_common::config::flags::DRAIN_FOREIGN).unwrap();
+    programs.service(&cluster_ip(1, PROTOCOL_TCP, VIP, &["10.1.0.2:8080"])).unwrap();
+    let segment = Packet::tcp(CLIENT, VIP, PSH | ACK).payload(b"x").build();
+    let out = pod(&mut programs, "pod_ingress", &segment);
+    assert_eq!((out.action, out.packet), (NEXT, segment.to_vec()));
+}
+
+#[test]
+fn traffic_that_is_not_ours_is_never_touched() {
+    let mut programs = two_services();
+    let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed
+    };
+    for _ in 0..20_000 {
+        let word = random();
+        let from = format!("10.1.{}.{}:{}", word & 0xff, word >> 8 & 0xff, 1 + (word >> 16 & 0x7fff));
+        let to = format!("192.0.2.{}:{}", word >> 32 & 0xff, word >> 40 & 0xffff);
+        let packet = if word >> 60 & 1 == 0 {
+            Packet::tcp(&from, &to, (word >> 56 & 0x3f) as u8)
+        } else {
+            Packet::udp(&from, &to)
+        };
+        let mut packet = packet.build().to_vec();
+        if word >> 61 & 1 == 0 {
+            // Damage one byte of the headers, but leave the destination alone.
+            let at = 14 + (random() as usize) % 16;
+            packet[at] = random() as u8;
+        }
+        for program in ["pod_ingress", "pod_egress", "uplink_ingress", "uplink_egress"] {
+            let out = pod(&mut programs, program, &packet);
+            assert_eq!((out.action, &out.packet), (NEXT, &packet), "{program}: {packet:02x?}");
+        }
+    }
+    assert!(programs.flows(names::HALF_OPEN4).unwrap().is_empty());
+    assert!(programs.flows(names::CONNTRACK4).unwrap().is_empty());
+}
+
+#[test]
+fn lengths_that_contradict_the_packet_are_left_alone_and_counted() {
+    let mut programs = two_services();
+    let mut packet = Packet::tcp(CLIENT, VIP, SYN).build().to_vec();
+    packet[16..18].copy_from_slice(&1_000_u16.to_be_bytes());
+    let out = pod(&mut programs, "pod_ingress", &packet);
+    assert_eq!((out.action, out.packet), (NEXT, packet));
+    assert_eq!(programs.dropped(DropReason::Malformed).unwrap(), 1);
+}
+
+#[test]
+fn what_cannot_be_translated_never_leaves_for_a_cluster_ip() {
+    let mut programs = two_services();
+    let later_fragment = Packet::udp(CLIENT, "10.96.0.10:53").fragment(0x2000 | 185).build();
+    let first_fragment = Packet::udp(CLIENT, "10.96.0.10:53").fragment(0x2000).build();
+    for fragment in [later_fragment, first_fragment] {
+        assert_eq!(pod(&mut programs, "pod_ingress", &fragment).action, DROP);
+    }
+    assert_eq!(programs.dropped(DropReason::Fragment).unwrap(), 2);
+    let mut sctp = Packet::udp(CLIENT, "10.96.0.10:53").build().to_vec();
+    sctp[23] = 132;
+    assert_eq!(pod(&mut programs, "pod_ingress", &sctp).action, DROP);
+    assert_eq!(programs.dropped(DropReason::UnsupportedProtocol).unwrap(), 1);
+}
+
+#[test]
+fn a_frontend_for_the_host_alone_is_invisible_to_packets() {
+    let mut programs = Programs::load().unwrap();
+    let service = Service {
+        frontends: vec![(address("127.0.0.1:30080"), flags::NODE_PORT | flags::HOST_ONLY)],
+        ..cluster_ip(1, PROTOCOL_TCP, VIP, &["10.1.0.2:8080"])
+    };
+    programs.service(&service).unwrap();
+    let packet = Packet::tcp(CLIENT, "127.0.0.1:30080", SYN).build();
+    let out = pod(&mut programs, "pod_ingress", &packet);
+    assert_eq!((out.action, out.packet), (NEXT, packet.to_vec()));
+}
+
+#[test]
+fn policy_local_drops_outside_traffic_without_a_local_endpoint_and_the_short_circuit_does_not() {
+    let mut programs = Programs::load().unwrap();
+    let service = Service {
+        id: 1,
+        frontends: vec![(address("192.0.2.1:30080"), flags::NODE_PORT | flags::EXTERNAL_LOCAL)],
+        protocol: PROTOCOL_TCP,
+        endpoints: vec![(address("10.1.1.2:8080"), false)],
+        affinity: 0,
+    };
+    programs.service(&service).unwrap();
+    let outside = Packet::tcp("198.51.100.7:40000", "192.0.2.1:30080", SYN).build();
+    let out = programs.tc("uplink_ingress", &outside, SkbContext::default()).unwrap();
+    assert_eq!(out.action, DROP);
+    assert_eq!(programs.dropped(DropReason::NoLocalEndpoint).unwrap(), 1);
+    let inside = pod(&mut programs, "pod_ingress", &Packet::tcp(CLIENT, "192.0.2.1:30080", SYN).build());
+    assert_eq!(View(&inside.packet).tuple(), format!("{CLIENT} → 10.1.1.2:8080"));
+}
