@@ -15,6 +15,7 @@ pub mod checksum;
 pub mod config;
 pub mod counter;
 pub mod drop_reason;
+pub mod features;
 pub mod flow;
 pub mod frontend;
 pub mod interface;

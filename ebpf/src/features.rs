@@ -1,12 +1,6 @@
-//! What the running kernel can do, as a constant that the loader sets before loading: the verifier then removes the
-//! branches that an older kernel would refuse.
+//! What the running kernel can do, as a constant that the loader sets before loading; and the clock, which depends on it.
 
-/// `BPF_FIB_LOOKUP_SRC` exists (kernel 6.7).
-pub const FIB_SOURCE: u32 = 1 << 0;
-/// `bpf_set_retval` exists (kernel 5.18).
-pub const SET_RETVAL: u32 = 1 << 1;
-/// `bpf_ktime_get_coarse_ns` exists (kernel 5.11).
-pub const COARSE_CLOCK: u32 = 1 << 2;
+pub use sheave_common::features::*;
 
 #[unsafe(no_mangle)]
 static FEATURES: u32 = 0;

@@ -12,6 +12,7 @@ use aya::{Ebpf, EbpfLoader, Pod, TestRunOptions};
 use sheave_common::backend::{Backend, flags as backend_flags};
 use sheave_common::config::{Config, Timeouts, flags as config_flags};
 use sheave_common::counter::ServiceCounter;
+use sheave_common::features;
 use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::frontend::{BackendSet, Frontend, FrontendKey, flags as frontend_flags};
 use sheave_common::{Address as _, DropReason, Ipv4Address, Ipv6Address, names};
@@ -97,7 +98,8 @@ impl Programs {
             loader.map_max_entries(map, size);
         }
         // Every feature that this repository's kernels have; the loader of `sheave run` finds them out.
-        loader.override_global("FEATURES", &0b111_u32, true);
+        let all = features::FIB_SOURCE | features::SET_RETVAL | features::COARSE_CLOCK;
+        loader.override_global("FEATURES", &all, true);
         let mut bpf = loader.load(sheave::EBPF_OBJECT).context("loading the BPF object")?;
         for (name, program) in bpf.programs_mut() {
             match program {

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier, Xdp};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader};
+use sheave_common::features;
 
 use super::definitions::Definition;
 use super::error::DataplaneError;
@@ -28,6 +29,8 @@ pub struct Features {
     pub fib_lookup_source: bool,
     /// bpf_set_retval (5.18).
     pub set_retval: bool,
+    /// bpf_ktime_get_coarse_ns (5.11).
+    pub coarse_clock: bool,
     /// TCX links (6.6).
     pub tcx: bool,
 }
@@ -36,12 +39,20 @@ impl Features {
     /// By the running kernel's version.
     #[must_use]
     pub fn detect() -> Self {
-        Self { fib_lookup_source: at_least(6, 7), set_retval: at_least(5, 18), tcx: at_least(6, 6) }
+        Self {
+            fib_lookup_source: at_least(6, 7),
+            set_retval: at_least(5, 18),
+            coarse_clock: at_least(5, 11),
+            tcx: at_least(6, 6),
+        }
     }
 
     /// The programs' read-only global `FEATURES`.
     fn bits(self) -> u32 {
-        u32::from(self.fib_lookup_source) | u32::from(self.set_retval) << 1
+        let bit = |set: bool, bit: u32| if set { bit } else { 0 };
+        bit(self.fib_lookup_source, features::FIB_SOURCE)
+            | bit(self.set_retval, features::SET_RETVAL)
+            | bit(self.coarse_clock, features::COARSE_CLOCK)
     }
 }
 
@@ -68,7 +79,7 @@ impl Programs {
             loader.map_pin_path(definition.name, Cow::Owned(pins.directory().join(definition.name)));
         }
         let bits = features.bits();
-        loader.override_global("FEATURES", &bits, false);
+        loader.override_global("FEATURES", &bits, true);
         let mut ebpf = loader.load(crate::EBPF_OBJECT).map_err(load_error)?;
         for name in CLASSIFIERS {
             load::<SchedClassifier>(&mut ebpf, name, SchedClassifier::load)?;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-use sheave_common::backend::flags::{LOCAL, TERMINATING};
+use sheave_common::backend::flags::{IN_CLUSTER_SET, IN_LOCAL_SET, LOCAL, TERMINATING};
 use sheave_common::frontend::BackendSet;
 use sheave_common::service_name::TEXT_LENGTH;
 
@@ -210,8 +210,10 @@ impl Planner {
         let owned = |write| Operation { owner: Owner::Service(name.clone()), write };
         let mut wanted = BTreeMap::new();
         for sets in [&desired.endpoints4, &desired.endpoints6] {
-            for endpoint in sets.cluster.iter().chain(&sets.local) {
-                wanted.entry(socket(endpoint)).or_insert_with(|| backend(service_id, endpoint));
+            for (set, flag) in [(&sets.cluster, IN_CLUSTER_SET), (&sets.local, IN_LOCAL_SET)] {
+                for endpoint in set {
+                    wanted.entry(socket(endpoint)).or_insert_with(|| backend(service_id, endpoint)).flags |= flag;
+                }
             }
         }
         let mut ids = BTreeMap::new();

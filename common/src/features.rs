@@ -1,0 +1,9 @@
+//! Bits of the programs' read-only global `FEATURES`: what the running kernel has that an older supported one lacks. The
+//! loader sets them before loading, so that the verifier removes the branches that an older kernel would refuse.
+
+/// `BPF_FIB_LOOKUP_SRC` exists (kernel 6.7).
+pub const FIB_SOURCE: u32 = 1 << 0;
+/// `bpf_set_retval` exists (kernel 5.18).
+pub const SET_RETVAL: u32 = 1 << 1;
+/// `bpf_ktime_get_coarse_ns` exists (kernel 5.11).
+pub const COARSE_CLOCK: u32 = 1 << 2;
