@@ -288,6 +288,7 @@ impl Controller {
     fn apply(&mut self, started: Instant) {
         let dirty = std::mem::take(&mut self.dirty);
         let services = dirty.len();
+        let first = !self.settled;
         let applied = if self.settled {
             let mut changed = BTreeMap::new();
             for key in dirty {
@@ -305,7 +306,11 @@ impl Controller {
             self.dataplane.apply_all(desired)
         };
         debug!(services, writes = applied.written, elapsed = ?started.elapsed(), "applied");
+        let written = applied.written;
         self.report(applied);
+        if first {
+            info!(services = self.ports.len(), interfaces = self.interfaces.len(), writes = written, "ready");
+        }
     }
 
     /// What the dataplane has to be told of a Service that may have changed.
