@@ -251,7 +251,7 @@ fn one_source_port_to_two_services_with_one_backend_is_two_connections() -> Resu
 /// With a CNI's usual firewall in the way, replies would be dropped as invalid.
 #[test]
 fn a_firewall_that_drops_invalid_packets_sees_proper_connections() -> Result<()> {
-    let rules = "table ip cni { chain forward { type filter hook forward priority filter; ct state invalid drop; } }";
+    let rules = "table ip cni { chain forward { type filter hook forward priority filter; ct state invalid drop; }; }";
     for (pods, bridge_netfilter, firewall) in [
         (PodNetwork::Bridged, "1", true),
         (PodNetwork::Bridged, "1", false),
