@@ -1,5 +1,4 @@
-//! The dataplane on this machine's kernel: pins, links, restarts, crashes, and what it refuses. Each test has its own pin
-//! directory, network namespace and cgroup, and never touches the machine's interfaces or its root cgroup.
+//! What every test of the dataplane needs: a place of its own, interfaces, and service ports.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -8,22 +7,26 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::{fs, io, thread};
 
+use aya::Pod;
+use aya::maps::{HashMap, Map, MapData};
 use sheave::config::{MapSizes, RunConfig, SourceConfig};
-use sheave::dataplane::{self, Dataplane, DataplaneError, PinnedMaps};
+use sheave::dataplane::{self, Dataplane, PinnedMaps};
 use sheave::interfaces::{Interface, Role};
 use sheave::model::desired::{Endpoint, EndpointSets, Protocol, ServiceKey, ServicePort, ServicePortName};
+use sheave_common::Ipv4Address;
+use sheave_common::flow::{Flow, FlowKey, Tuple};
 use sheave_common::frontend::flags::CLUSTER_IP;
 
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 /// A pin directory and a cgroup of this test's own, removed when it ends, however it ends.
-struct Bench {
-    config: RunConfig,
-    cgroup: PathBuf,
+pub(crate) struct Bench {
+    pub(crate) config: RunConfig,
+    pub(crate) cgroup: PathBuf,
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let name = format!("sheave-test-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         let cgroup = cgroup_root().join(&name);
         fs::create_dir(&cgroup).expect("a cgroup");
@@ -43,19 +46,19 @@ impl Bench {
         Self { config, cgroup }
     }
 
-    fn open(&self) -> Dataplane {
+    pub(crate) fn open(&self) -> Dataplane {
         Dataplane::open(&self.config).unwrap_or_else(|error| panic!("{}", chain(&error)))
     }
 
-    fn pin(&self, name: &str) -> PathBuf {
+    pub(crate) fn pin(&self, name: &str) -> PathBuf {
         self.config.pin_path.join(name)
     }
 
-    fn view(&self) -> PinnedMaps {
+    pub(crate) fn view(&self) -> PinnedMaps {
         PinnedMaps::open(&self.config.pin_path).expect("the maps are pinned")
     }
 
-    fn links(&self) -> BTreeSet<String> {
+    pub(crate) fn links(&self) -> BTreeSet<String> {
         let entries = fs::read_dir(self.pin("links")).expect("the folder of links");
         entries.map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned()).collect()
     }
@@ -72,7 +75,7 @@ impl Drop for Bench {
     }
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -82,14 +85,14 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-fn cgroup_root() -> PathBuf {
+pub(crate) fn cgroup_root() -> PathBuf {
     let mounts = fs::read_to_string("/proc/mounts").expect("/proc/mounts");
     let mut fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
     PathBuf::from(fields.find(|fields| fields[2] == "cgroup2").expect("cgroup v2 is mounted")[1])
 }
 
 /// Runs a test in a network namespace of its own, which goes away with its thread.
-fn in_namespace(test: impl FnOnce() + Send + 'static) {
+pub(crate) fn in_namespace(test: impl FnOnce() + Send + 'static) {
     mount_bpf();
     let thread = thread::spawn(|| {
         // SAFETY: unshare(2) takes no addresses; only this thread moves.
@@ -101,36 +104,42 @@ fn in_namespace(test: impl FnOnce() + Send + 'static) {
     }
 }
 
-fn mount_bpf() {
+pub(crate) fn mount_bpf() {
     if !fs::read_to_string("/proc/mounts").expect("/proc/mounts").contains(" /sys/fs/bpf bpf ") {
         run("mount -t bpf bpf /sys/fs/bpf");
     }
 }
 
-fn run(command: &str) {
+pub(crate) fn run(command: &str) {
+    output(command);
+}
+
+/// What a command prints.
+pub(crate) fn output(command: &str) -> String {
     let words: Vec<&str> = command.split(' ').collect();
     let output = Command::new(words[0]).args(&words[1..]).output().expect(command);
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-fn interface(name: &str, role: Role) -> Interface {
+pub(crate) fn interface(name: &str, role: Role) -> Interface {
     let index = interface_index(name);
     let source4 = Some(Ipv4Addr::new(192, 0, 2, 1));
     Interface { index, name: name.to_owned(), role, ethernet: true, physical: false, source4, source6: None }
 }
 
-fn interface_index(name: &str) -> u32 {
+pub(crate) fn interface_index(name: &str) -> u32 {
     let name = std::ffi::CString::new(name).expect("no NUL");
     // SAFETY: the name is NUL-terminated.
     unsafe { libc::if_nametoindex(name.as_ptr()) }
 }
 
-fn name(name: &str) -> ServicePortName {
+pub(crate) fn name(name: &str) -> ServicePortName {
     let service = ServiceKey { namespace: "default".to_owned(), name: name.to_owned() };
     ServicePortName { service, port: "http".to_owned(), protocol: Protocol::Tcp }
 }
 
-fn service(host: u8, backends: &[u8]) -> ServicePort {
+pub(crate) fn service(host: u8, backends: &[u8]) -> ServicePort {
     let address = |host: u8| Ipv4Addr::new(10, 1, 0, host).into();
     let endpoint = |host: &u8| Endpoint { address: address(*host), port: 80, local: *host == 1, terminating: false };
     let cluster: Vec<Endpoint> = backends.iter().map(endpoint).collect();
@@ -142,53 +151,54 @@ fn service(host: u8, backends: &[u8]) -> ServicePort {
     }
 }
 
-fn desired() -> BTreeMap<ServicePortName, ServicePort> {
+pub(crate) fn desired() -> BTreeMap<ServicePortName, ServicePort> {
     BTreeMap::from([(name("web"), service(1, &[1, 2, 3])), (name("db"), service(2, &[4]))])
 }
 
-#[test]
-fn service_ports_become_map_elements_and_a_restart_writes_nothing() {
-    in_namespace(|| {
-        let bench = Bench::new();
-        let mut dataplane = bench.open();
-        let applied = dataplane.apply_all(desired());
-        assert!(applied.failed.is_empty() && applied.other.is_none(), "{applied:?}");
-        let view = bench.view();
-        assert_eq!(view.frontends4().expect("a dump").len(), 4, "two frontends and the marks of their addresses");
-        assert_eq!(view.backends4().expect("a dump").len(), 4);
-        let names: BTreeSet<String> = view
-            .service_names()
-            .expect("a dump")
-            .iter()
-            .filter_map(|(_, name)| name.as_str().map(str::to_owned))
-            .collect();
-        assert_eq!(names, BTreeSet::from(["default/db:http".to_owned(), "default/web:http".to_owned()]));
-        drop(dataplane);
-        let mut dataplane = bench.open();
-        let applied = dataplane.apply_all(desired());
-        assert_eq!((applied.written, dataplane.map_writes()), (0, 0));
-        assert!(dataplane.begin_grace().is_none());
-    });
+/// A pinned hash map, opened for writing behind the dataplane's back.
+pub(crate) fn hash<K: Pod, V: Pod>(pin: &Path) -> HashMap<MapData, K, V> {
+    let map = MapData::from_pin(pin).expect("the map is pinned");
+    let lru = map.info().expect("map info").map_type().expect("a known type") == aya::maps::MapType::LruHash;
+    HashMap::try_from(if lru { Map::LruHashMap(map) } else { Map::HashMap(map) }).expect("a hash map of these types")
 }
 
-#[test]
-fn programs_are_attached_by_role_and_cleanup_leaves_nothing() {
-    in_namespace(|| {
-        let bench = Bench::new();
-        run("ip link add pod0 type veth peer name peer0");
-        run("ip link add up0 type veth peer name peer1");
-        let mut dataplane = bench.open();
-        dataplane.attach(&interface("pod0", Role::Pod)).expect("attached");
-        dataplane.attach(&interface("up0", Role::Uplink)).expect("attached");
-        let (pod, uplink) = (interface_index("pod0"), interface_index("up0"));
-        let mut expected: BTreeSet<String> =
-            ["connect4", "sendmsg4", "recvmsg4", "getpeername4"].map(|hook| format!("cgroup_{hook}")).into();
-        expected.extend([pod, uplink].iter().flat_map(|i| [format!("{i}_ingress"), format!("{i}_egress")]));
-        assert_eq!(bench.links(), expected);
-        assert!(matches!(dataplane::cleanup(&bench.config.pin_path), Err(DataplaneError::Busy { .. })));
-        drop(dataplane);
-        dataplane::cleanup(&bench.config.pin_path).expect("cleaned up");
-        assert!(!bench.config.pin_path.exists());
-        dataplane::cleanup(&bench.config.pin_path).expect("again is no error");
-    });
+/// Inserts a flow of this edge and service.
+pub(crate) fn insert_flow(bench: &Bench, map: &str, edge: u32, service_id: u32) {
+    let address = Ipv4Address { octets: [10, 0, 0, 1] };
+    let port = u16::try_from(edge * 16 + service_id).expect("a small number");
+    let tuple = Tuple { source: address, destination: address, source_port_be: port, destination_port_be: 1 };
+    let key = FlowKey::new(tuple, 6, edge);
+    let flow =
+        Flow { rewrite: tuple, service_id, backend_id: 1, last_seen: 1, state: 0, flags: 0, closing: 0, reserved: 0 };
+    hash::<FlowKey<Ipv4Address>, Flow<Ipv4Address>>(&bench.pin(map)).insert(key, flow, 0).expect("inserted");
+}
+
+/// Edges of the flows in a map.
+pub(crate) fn edges(flows: &[(FlowKey<Ipv4Address>, Flow<Ipv4Address>)]) -> BTreeSet<u32> {
+    flows.iter().map(|(key, _)| key.edge).collect()
+}
+
+/// What a client of the maps would see, without ids and runs.
+pub(crate) fn meaning(view: &PinnedMaps) -> BTreeMap<String, String> {
+    let names: BTreeMap<u32, String> =
+        view.service_names().expect("a dump").iter().map(|(id, name)| (*id, format!("{:?}", name.as_str()))).collect();
+    let backends: BTreeMap<u32, String> = view
+        .backends4()
+        .expect("a dump")
+        .iter()
+        .map(|(id, b)| (*id, format!("{}:{} {}", b.address, u16::from_be(b.port_be), b.flags)))
+        .collect();
+    let table = view.backend_table().expect("a dump");
+    let set = |set: sheave_common::frontend::BackendSet| -> Vec<String> {
+        let run = &table[set.first as usize..][..set.length as usize];
+        run.iter().map(|id| backends[id].clone()).collect()
+    };
+    let frontends = view.frontends4().expect("a dump").into_iter();
+    frontends
+        .map(|(key, f)| {
+            let (cluster, local) = (set(f.cluster), set(f.local));
+            let value = format!("{:?} {} {cluster:?} {local:?}", names.get(&f.service_id), f.flags);
+            (format!("{key:?}"), value)
+        })
+        .collect()
 }

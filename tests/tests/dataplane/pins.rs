@@ -1,0 +1,173 @@
+//! Pins: what a restart finds, what it refuses, and what a cleanup leaves.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use aya::maps::{Array, Map, MapData};
+use sheave::dataplane::{self, Dataplane, DataplaneError};
+use sheave::interfaces::Role;
+use sheave::plan::Failure;
+use sheave_common::config::Config;
+
+use crate::bench::{Bench, chain, desired, in_namespace, interface, interface_index, name, run, service};
+
+#[test]
+fn service_ports_become_map_elements_and_a_restart_writes_nothing() {
+    in_namespace(|| {
+        let bench = Bench::new();
+        let mut dataplane = bench.open();
+        let applied = dataplane.apply_all(desired());
+        assert!(applied.failed.is_empty() && applied.other.is_none(), "{applied:?}");
+        let view = bench.view();
+        assert_eq!(view.frontends4().expect("a dump").len(), 4, "two frontends and the marks of their addresses");
+        assert_eq!(view.backends4().expect("a dump").len(), 4);
+        let names: BTreeSet<String> = view
+            .service_names()
+            .expect("a dump")
+            .iter()
+            .filter_map(|(_, name)| name.as_str().map(str::to_owned))
+            .collect();
+        assert_eq!(names, BTreeSet::from(["default/db:http".to_owned(), "default/web:http".to_owned()]));
+        drop(dataplane);
+        let mut dataplane = bench.open();
+        let applied = dataplane.apply_all(desired());
+        assert_eq!((applied.written, dataplane.map_writes()), (0, 0));
+        assert!(dataplane.begin_grace().is_none());
+    });
+}
+
+#[test]
+fn versions_and_backend_ids_are_never_used_again_after_a_restart() {
+    in_namespace(|| {
+        let bench = Bench::new();
+        let mut seen = BTreeSet::new();
+        let mut versions = BTreeSet::new();
+        for round in 1..5 {
+            let mut dataplane = bench.open();
+            let applied = dataplane.apply_all(BTreeMap::from([(name("web"), service(1, &[round]))]));
+            assert!(applied.failed.is_empty());
+            let grace = dataplane.begin_grace();
+            if let Some(grace) = grace {
+                dataplane.reclaim(grace).expect("reclaimed");
+            }
+            let view = bench.view();
+            let backends = view.backends4().expect("a dump");
+            assert_eq!(backends.len(), 1);
+            assert!(seen.insert(backends[0].0), "backend id {} was used before", backends[0].0);
+            assert!(versions.insert(backends[0].1.version), "version used before");
+            for (_, frontend) in view.frontends4().expect("a dump") {
+                assert!(frontend.service_id < 2, "the service keeps its id");
+                if frontend.service_id == 1 {
+                    assert!(versions.insert(frontend.version), "version used before");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn the_settings_and_the_nodes_addresses_are_in_the_config_map() {
+    in_namespace(|| {
+        let mut bench = Bench::new();
+        bench.config.timeouts.udp_new = 7;
+        bench.config.snat_ports = (40_000, 40_100);
+        bench.config.drain_foreign = true;
+        let mut dataplane = bench.open();
+        dataplane.set_node_addresses(Some([192, 0, 2, 9].into()), None).expect("written");
+        let config = bench.view().config().expect("readable").expect("written");
+        assert_eq!((config.timeouts.udp_new, config.snat_port_first, config.snat_port_last), (7, 40_000, 40_100));
+        assert_eq!(config.node4.octets, [192, 0, 2, 9]);
+        assert_eq!(config.layout_version, sheave_common::LAYOUT_VERSION);
+        assert_ne!(config.host_netns_cookie, 0, "this kernel tells the namespace's cookie");
+        let flags = sheave_common::config::flags::CONNECT_HOST | sheave_common::config::flags::DRAIN_FOREIGN;
+        assert_eq!(config.flags, flags);
+        drop(dataplane);
+        let mut dataplane = bench.open();
+        dataplane.set_node_addresses(Some([192, 0, 2, 9].into()), None).expect("written");
+        assert_eq!(dataplane.map_writes(), 0);
+    });
+}
+
+#[test]
+fn a_pin_of_another_size_or_layout_is_refused_and_says_what_to_do() {
+    in_namespace(|| {
+        let mut bench = Bench::new();
+        drop(bench.open());
+        bench.config.sizes.backends = 128;
+        let error = Dataplane::open(&bench.config).err().expect("refused");
+        let text = chain(&error);
+        let pin = bench.pin("backends4").display().to_string();
+        assert!(text.contains(&pin) && text.contains("max_entries is 64, not 128"), "{text}");
+        assert!(text.contains("sheave cleanup"), "{text}");
+        bench.config.sizes.backends = 64;
+        let map = Map::Array(MapData::from_pin(bench.pin("config")).expect("pinned"));
+        let mut map = Array::<MapData, Config>::try_from(map).expect("the config map");
+        let config = map.get(&0, 0).expect("its element");
+        map.set(0, Config { layout_version: 999, ..config }, 0).expect("written");
+        let error = Dataplane::open(&bench.config).err().expect("refused");
+        let expected = sheave_common::LAYOUT_VERSION;
+        assert!(
+            matches!(error, DataplaneError::IncompatibleLayout { found: 999, expected: e, .. } if e == expected),
+            "{error}"
+        );
+        map.set(0, config, 0).expect("written");
+        drop(bench.open());
+    });
+}
+
+#[test]
+fn two_instances_work_side_by_side_and_a_pin_path_has_one_user() {
+    in_namespace(|| {
+        let (one, two) = (Bench::new(), Bench::new());
+        let mut first = one.open();
+        let mut second = two.open();
+        assert!(first.apply_all(desired()).failed.is_empty());
+        assert!(second.apply_all(BTreeMap::new()).failed.is_empty());
+        assert_eq!(two.view().frontends4().expect("a dump").len(), 0);
+        assert_eq!(one.view().frontends4().expect("a dump").len(), 4);
+        let error = Dataplane::open(&one.config).err().expect("refused");
+        assert!(matches!(error, DataplaneError::Busy { .. }), "{error}");
+        assert!(matches!(dataplane::cleanup(&one.config.pin_path), Err(DataplaneError::Busy { .. })));
+        drop(first);
+        drop(one.open());
+    });
+}
+
+#[test]
+fn cleanup_leaves_nothing_and_may_be_repeated() {
+    in_namespace(|| {
+        let bench = Bench::new();
+        run("ip link add pod0 type veth peer name peer0");
+        let mut dataplane = bench.open();
+        dataplane.attach(&interface("pod0", Role::Pod)).expect("attached");
+        drop(dataplane);
+        assert_eq!(crate::links::tcx_programs("pod0"), 2);
+        dataplane::cleanup(&bench.config.pin_path).expect("cleaned up");
+        assert!(!bench.config.pin_path.exists());
+        assert_eq!(crate::links::tcx_programs("pod0"), 0);
+        dataplane::cleanup(&bench.config.pin_path).expect("again is no error");
+        assert_ne!(interface_index("pod0"), 0);
+    });
+}
+
+#[test]
+fn a_full_map_names_itself_and_its_flag_and_spares_other_services() {
+    in_namespace(|| {
+        let mut bench = Bench::new();
+        bench.config.sizes.frontends = 4;
+        let mut dataplane = bench.open();
+        assert!(dataplane.apply_all(desired()).failed.is_empty(), "two services with a mark each fill the map");
+        let applied = dataplane.apply(BTreeMap::from([(name("late"), Some(service(3, &[1])))]));
+        let Some(failure @ Failure::Write(_)) = applied.failed.get(&name("late")) else { panic!("{applied:?}") };
+        let text = failure.to_string();
+        assert!(text.contains("frontends4") && text.contains("--max-frontends"), "{text}");
+        assert!(dataplane.is_unfinished());
+        let applied = dataplane.apply(BTreeMap::from([(name("db"), None)]));
+        // Deletions come after writes: the room is there for the next try.
+        assert!(applied.failed.contains_key(&name("late")));
+        let applied = dataplane.apply(BTreeMap::new());
+        assert!(applied.failed.is_empty() && !dataplane.is_unfinished(), "{applied:?}");
+        let grace = dataplane.begin_grace().expect("db's backend waits");
+        dataplane.reclaim(grace).expect("reclaimed");
+        assert_eq!(bench.view().service_names().expect("a dump").len(), 2);
+    });
+}

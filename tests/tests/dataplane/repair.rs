@@ -1,0 +1,173 @@
+//! Repair: whatever state a crash or someone else left the maps in, the next start makes it right.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+
+use sheave_common::affinity::{Affinity, AffinityKey};
+use sheave_common::backend::Backend;
+use sheave_common::frontend::{Frontend, FrontendKey};
+use sheave_common::{Ipv4Address, service_name::ServiceName};
+use sheave_tests::process::{Process, built};
+
+use crate::bench::{Bench, desired, hash, in_namespace, insert_flow, meaning, name, service};
+
+#[test]
+fn elements_that_vanished_or_are_strangers_are_put_right_by_a_restart() {
+    in_namespace(|| {
+        let bench = Bench::new();
+        assert!(bench.open().apply_all(desired()).failed.is_empty());
+        let view = bench.view();
+        let before = meaning(&view);
+        let mut frontends = hash::<FrontendKey<Ipv4Address>, Frontend>(&bench.pin("frontends4"));
+        let mut backends = hash::<u32, Backend<Ipv4Address>>(&bench.pin("backends4"));
+        let mut names = hash::<u32, ServiceName>(&bench.pin("service_names"));
+        let (key, frontend) = view.frontends4().expect("a dump")[0];
+        frontends.remove(&key).expect("removed");
+        let stranger = FrontendKey::new(Ipv4Address { octets: [203, 0, 113, 1] }, 80_u16.to_be(), 6);
+        frontends.insert(stranger, Frontend { service_id: 40, ..frontend }, 0).expect("inserted");
+        let (id, backend) = view.backends4().expect("a dump")[0];
+        backends.remove(&id).expect("removed");
+        backends.insert(900, Backend { service_id: 40, ..backend }, 0).expect("inserted");
+        names.insert(50, ServiceName::new(6, "not a service port").expect("it fits"), 0).expect("inserted");
+        let mut dataplane = bench.open();
+        let applied = dataplane.apply_all(desired());
+        assert!(applied.failed.is_empty() && applied.other.is_none(), "{applied:?}");
+        let grace = dataplane.begin_grace().expect("strangers wait");
+        dataplane.reclaim(grace).expect("reclaimed");
+        assert_eq!(meaning(&view), before);
+        assert_eq!(view.backends4().expect("a dump").len(), 4);
+        assert_eq!(view.service_names().expect("a dump").len(), 2);
+    });
+}
+
+#[test]
+fn a_service_id_is_used_again_only_after_its_flows_and_affinity_entries_are_swept() {
+    in_namespace(|| {
+        let mut bench = Bench::new();
+        bench.config.sizes.services = 3;
+        let mut dataplane = bench.open();
+        assert!(dataplane.apply_all(desired()).failed.is_empty());
+        let view = bench.view();
+        let gone = view.service_names().expect("a dump").into_iter();
+        let gone = gone.filter(|(_, name)| name.as_str() == Some("default/db:http")).map(|(id, _)| id);
+        let gone = gone.max().expect("db has an id");
+        let kept = 3 - gone;
+        for service_id in [gone, kept] {
+            insert_flow(&bench, "conntrack4", 0, service_id);
+        }
+        let mut affinity = hash::<AffinityKey<Ipv4Address>, Affinity>(&bench.pin("affinity4"));
+        let client = AffinityKey { service_id: gone, client: Ipv4Address { octets: [10, 0, 0, 1] } };
+        affinity.insert(client, Affinity { backend_id: 1, last_new_connection: 1 }, 0).expect("inserted");
+        let changed = BTreeMap::from([(name("db"), None), (name("late"), Some(service(3, &[1])))]);
+        let applied = dataplane.apply(changed);
+        assert!(applied.failed.contains_key(&name("late")), "no id is free yet");
+        let grace = dataplane.begin_grace().expect("db waits");
+        dataplane.reclaim(grace).expect("reclaimed");
+        assert!(dataplane.apply(BTreeMap::new()).failed.is_empty());
+        let names = view.service_names().expect("a dump");
+        assert!(names.iter().any(|(id, name)| *id == gone && name.as_str() == Some("default/late:http")));
+        let flows = view.conntrack4().expect("a dump");
+        assert_eq!(flows.iter().map(|(_, flow)| flow.service_id).collect::<Vec<_>>(), [kept]);
+        assert!(view.affinity4().expect("a dump").is_empty());
+    });
+}
+
+#[test]
+fn a_daemon_killed_at_any_moment_is_repaired_by_the_next_one() {
+    in_namespace(|| {
+        let bench = Bench::new();
+        let manifests = std::env::temp_dir().join(format!("sheave-kill-{}", std::process::id()));
+        fs::create_dir_all(&manifests).expect("a folder");
+        let write = |round: u8| {
+            for number in 0..20_u8 {
+                // A service appears, changes its endpoints with each round, and goes.
+                let path = manifests.join(format!("{number}.yaml"));
+                if (number + round).is_multiple_of(7) {
+                    let _ = fs::remove_file(&path);
+                } else {
+                    fs::write(&path, manifest(number, round)).expect("written");
+                }
+            }
+        };
+        for round in 0..9_u8 {
+            write(round);
+            let mut daemon = start(&bench, &manifests);
+            daemon.wait_for("the source has reported", Duration::from_secs(60)).expect("it starts");
+            // From the middle of the first pass to well into the changes.
+            if !round.is_multiple_of(3) {
+                write(round + 1);
+            }
+            std::thread::sleep(Duration::from_millis(u64::from(round)));
+            daemon.kill();
+        }
+        let fresh = Bench::new();
+        let settle = |bench: &Bench| {
+            let mut daemon = start(bench, &manifests);
+            let mut last = BTreeMap::new();
+            for _ in 0..150 {
+                std::thread::sleep(Duration::from_millis(150));
+                let now = sheave::dataplane::PinnedMaps::open(&bench.config.pin_path)
+                    .map(|view| (meaning(&view), view.backends4().expect("a dump").len()));
+                if let Ok((now, backends)) = now {
+                    if !now.is_empty() && last == now {
+                        daemon.kill();
+                        return (now, backends);
+                    }
+                    last = now;
+                }
+            }
+            panic!("the daemon does not settle");
+        };
+        let expected = settle(&fresh);
+        let repaired = settle(&bench);
+        fs::remove_dir_all(&manifests).expect("removed");
+        assert_eq!(repaired, expected);
+    });
+}
+
+fn start(bench: &Bench, manifests: &std::path::Path) -> Process {
+    let mut command = Command::new(built("sheave").expect("sheave is built"));
+    command.arg("run").arg("--manifests").arg(manifests).args(["--node-name", "node"]);
+    command.arg("--pin-path").arg(&bench.config.pin_path).arg("--cgroup").arg(&bench.cgroup);
+    for (flag, entries) in [
+        ("--max-services", "64"),
+        ("--max-frontends", "64"),
+        ("--max-backends", "64"),
+        ("--max-table", "64"),
+        ("--max-conntrack", "1024"),
+        ("--max-half-open", "1024"),
+        ("--max-affinity", "64"),
+        ("--max-sockets", "64"),
+    ] {
+        command.args([flag, entries]);
+    }
+    Process::start("sheave", &mut command).expect("started")
+}
+
+fn manifest(number: u8, round: u8) -> String {
+    let (first, second) = (round % 3, 3 + round % 2);
+    format!(
+        "apiVersion: v1
+kind: Service
+metadata: {{name: s{number}, namespace: default}}
+spec:
+  clusterIP: 10.96.1.{number}
+  clusterIPs: [10.96.1.{number}]
+  ports: [{{name: http, port: 80, protocol: TCP}}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata:
+  name: s{number}-1
+  namespace: default
+  labels: {{kubernetes.io/service-name: s{number}}}
+addressType: IPv4
+ports: [{{name: http, port: 8080, protocol: TCP}}]
+endpoints:
+- addresses: [10.1.{number}.{first}]
+- addresses: [10.1.{number}.{second}]
+"
+    )
+}
