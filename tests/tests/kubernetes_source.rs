@@ -233,6 +233,23 @@ async fn a_lost_connection_is_resumed_where_it_was() {
     assert_eq!(api.count(Resource::EndpointSlices, Verb::List), 1);
 }
 
+/// Otherwise a proxy that ends every watch at once would let all nodes together storm the API server.
+#[tokio::test]
+async fn watches_that_end_at_once_are_not_asked_for_in_a_storm() {
+    let api = KubeApi::start().await;
+    api.end_watches(true);
+    let mut running = Running::follow("storm", &api).await;
+    watches(&api, 1).await;
+    let before = api.count(Resource::Services, Verb::Watch);
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    let asked = api.count(Resource::Services, Verb::Watch) - before;
+    assert!((1..=4).contains(&asked), "{asked} watches in 1.2 s");
+    api.end_watches(false);
+    api.apply(service("web"));
+    running.until_services(&["web"]).await;
+    assert_eq!(api.count(Resource::Services, Verb::List), 1);
+}
+
 /// Otherwise a quiet kind would have to be listed again whenever a busy one has used up the history.
 #[tokio::test]
 async fn a_bookmark_saves_a_list() {

@@ -139,6 +139,11 @@ impl From<&core::Service> for Service {
                 ServiceType::ClusterIp
             }
         };
+        if service_type == ServiceType::LoadBalancer
+            && spec.load_balancer_source_ranges.as_ref().is_some_and(|ranges| !ranges.is_empty())
+        {
+            reader.problem("spec.loadBalancerSourceRanges", "not enforced: clients outside of them are served as well");
+        }
         Self {
             key: service_key(object),
             created: object.metadata.creation_timestamp.as_ref().map(|time| time.0.as_second()),

@@ -147,6 +147,12 @@ impl KubeApi {
         self.shared.faults().fail = None;
     }
 
+    /// From now on, watches end as soon as they have begun (`true`), or last again (`false`).
+    pub fn end_watches(&self, end: bool) {
+        self.shared.faults().end_watches = end;
+        self.shared.wake();
+    }
+
     /// From now on, a request without this bearer token is answered with 401.
     pub fn require_token(&self, token: &str) {
         self.shared.faults().token = Some(token.to_owned());

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
 use std::net::TcpListener;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -31,6 +31,7 @@ pub(super) struct Faults {
     pub(super) refuse: bool,
     pub(super) fail: Option<(Option<Resource>, u16)>,
     pub(super) gone: Gone,
+    pub(super) end_watches: bool,
     pub(super) token: Option<String>,
     /// Bookmarks that every watch should have seen.
     pub(super) bookmarks: u64,
@@ -43,8 +44,11 @@ pub(super) struct Shared {
     faults: Mutex<Faults>,
     /// Something may be new for watches.
     news: watch::Sender<()>,
-    /// Connections from before are to be cut.
-    cut: watch::Sender<()>,
+    /// How often connections were cut: those of an earlier generation have to end.
+    generation: watch::Sender<u64>,
+    /// Generations of the connections that live.
+    living: Mutex<Vec<u64>>,
+    ended: Condvar,
 }
 
 impl Default for Shared {
@@ -53,7 +57,9 @@ impl Default for Shared {
             store: Mutex::default(),
             faults: Mutex::default(),
             news: watch::Sender::new(()),
-            cut: watch::Sender::new(()),
+            generation: watch::Sender::new(0),
+            living: Mutex::default(),
+            ended: Condvar::new(),
         }
     }
 }
@@ -71,8 +77,43 @@ impl Shared {
         self.news.send_replace(());
     }
 
+    /// Cuts every connection, and returns when none of them is left.
     pub(super) fn cut(&self) {
-        self.cut.send_replace(());
+        let living = self.living.lock().expect("no test has panicked inside");
+        self.generation.send_modify(|generation| *generation += 1);
+        let generation = *self.generation.borrow();
+        let older = |living: &mut Vec<u64>| living.iter().any(|birth| *birth < generation);
+        let rest = self.ended.wait_timeout_while(living, Duration::from_secs(10), older);
+        let rest = rest.expect("no test has panicked inside");
+        assert!(!rest.1.timed_out(), "connections that were cut live on");
+    }
+}
+
+/// A living connection.
+struct Connection {
+    shared: Arc<Shared>,
+    birth: u64,
+    generation: watch::Receiver<u64>,
+}
+
+impl Connection {
+    fn new(shared: Arc<Shared>) -> Self {
+        let mut living = shared.living.lock().expect("no test has panicked inside");
+        let generation = shared.generation.subscribe();
+        let birth = *generation.borrow();
+        living.push(birth);
+        drop(living);
+        Self { shared, birth, generation }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        let mut living = self.shared.living.lock().expect("no test has panicked inside");
+        if let Some(position) = living.iter().position(|birth| *birth == self.birth) {
+            living.swap_remove(position);
+        }
+        self.shared.ended.notify_all();
     }
 }
 
@@ -81,12 +122,13 @@ pub(super) async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     let listener = tokio::net::TcpListener::from_std(listener).expect("a non-blocking listener");
     loop {
         let Ok((stream, _)) = listener.accept().await else { continue };
-        let mut cut = shared.cut.subscribe();
+        let mut life = Connection::new(Arc::clone(&shared));
         if shared.faults().refuse {
             continue;
         }
         let shared = Arc::clone(&shared);
         tokio::spawn(async move {
+            // `life` is captured, so it ends after the connection, which is a local.
             let service = service_fn(move |request| {
                 let shared = Arc::clone(&shared);
                 async move { Ok::<_, Infallible>(answer(&shared, &request)) }
@@ -95,7 +137,7 @@ pub(super) async fn accept(listener: TcpListener, shared: Arc<Shared>) {
             tokio::select! {
                 // How a client ends its connection is its own affair.
                 _ = connection => {}
-                _ = cut.changed() => {}
+                _ = life.generation.changed() => {}
             }
         });
     }
@@ -197,6 +239,9 @@ impl Watcher {
                 }
                 watcher.news.mark_unchanged();
                 let lines = watcher.due();
+                if watcher.shared.faults().end_watches {
+                    return None;
+                }
                 if !lines.is_empty() {
                     return Some((Bytes::from(lines), watcher));
                 }

@@ -127,6 +127,15 @@ fn a_load_balancer_ip_is_served_unless_its_mode_is_proxy() {
 }
 
 #[test]
+fn source_ranges_are_reported_as_not_enforced() {
+    let mut cluster = Cluster::new();
+    cluster.web(
+        "{type: LoadBalancer, clusterIP: 10.96.0.10, loadBalancerSourceRanges: [192.0.2.0/24], ports: [{port: 80}]}",
+    );
+    assert_eq!(cluster.model.problems(), 1);
+}
+
+#[test]
 fn changing_the_type_removes_what_the_old_type_served() {
     let mut cluster = Cluster::new();
     cluster.node(&[], NODE);

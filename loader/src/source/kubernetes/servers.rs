@@ -3,15 +3,17 @@
 //! All watches share one current server. Whoever sees it fail turns to the next one, so a watch goes on where it was:
 //! API servers of one cluster know the same resource versions.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http::{Request, Response, Uri};
 use kube::client::Body;
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config};
+use tokio::time::Instant;
 
 use super::super::SourceError;
 
@@ -21,6 +23,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a server may be silent within an answer: more than a watch lasts (290 s).
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(330);
+
+/// Least time between two starts of the same watch. A server, or something before it, that ends watches at once would
+/// otherwise be asked as fast as it answers: the watcher goes on without a pause.
+const WATCH_PAUSE: Duration = Duration::from_millis(500);
 
 /// One API server.
 struct Server {
@@ -33,6 +39,8 @@ struct Server {
 pub(super) struct Servers {
     servers: Vec<Server>,
     current: AtomicUsize,
+    /// When the last watch of a path started, or will.
+    watches: Mutex<HashMap<String, Instant>>,
 }
 
 impl Servers {
@@ -50,7 +58,7 @@ impl Servers {
             uris.push(config.cluster_url.clone());
         }
         let servers = uris.into_iter().map(|uri| server(&config, uri)).collect::<Result<_, _>>()?;
-        Ok(Self { servers, current: AtomicUsize::new(0) })
+        Ok(Self { servers, current: AtomicUsize::new(0), watches: Mutex::default() })
     }
 
     /// A client that asks the server in use.
@@ -69,6 +77,9 @@ impl Servers {
     }
 
     async fn send(&self, request: Request<Body>) -> Result<Response<Body>, kube::Error> {
+        if request.uri().query().is_some_and(|query| query.split('&').any(|pair| pair == "watch=true")) {
+            tokio::time::sleep_until(self.next_start(request.uri().path())).await;
+        }
         let used = self.current.load(Ordering::Relaxed);
         let server = &self.servers[used];
         let answer = match tokio::time::timeout(ANSWER_TIMEOUT, server.client.send(request)).await {
@@ -81,6 +92,15 @@ impl Servers {
             let _: Result<_, _> = self.current.compare_exchange(used, next, Ordering::Relaxed, Ordering::Relaxed);
         }
         answer
+    }
+
+    /// When a watch of a path may start.
+    fn next_start(&self, path: &str) -> Instant {
+        let mut watches = self.watches.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let start = watches.get(path).map_or(now, |last| now.max(*last + WATCH_PAUSE));
+        watches.insert(path.to_owned(), start);
+        start
     }
 }
 

@@ -267,6 +267,53 @@ mod tests {
     }
 
     #[test]
+    fn what_kubectl_prints_is_read_alone_and_in_a_list() {
+        let service = "apiVersion: v1
+kind: Service
+metadata:
+  annotations:
+    kubectl.kubernetes.io/last-applied-configuration: |
+      {\"apiVersion\":\"v1\",\"kind\":\"Service\"}
+  creationTimestamp: \"2025-01-01T00:00:00Z\"
+  labels:
+    enabled: \"yes\"
+    empty: \"\"
+  name: web
+  namespace: shop
+  resourceVersion: \"123\"
+  uid: 2e2b6a3c-0000-4b7b-9d3a-6d1f0d9b2a11
+spec:
+  clusterIP: None
+  clusterIPs:
+  - None
+  internalTrafficPolicy: Cluster
+  ipFamilies:
+  - IPv4
+  ports:
+  - name: http
+    port: 80
+    protocol: TCP
+    targetPort: http
+  - name: admin
+    port: 81
+    targetPort: 8081
+  sessionAffinity: None
+status:
+  loadBalancer: {}
+";
+        let read_one = |text: &str| match read(Format::Yaml, text).as_deref() {
+            Ok([Object::Service(service)]) => service.clone(),
+            other => panic!("one Service, not {other:?}"),
+        };
+        let alone = read_one(service);
+        assert_eq!((alone.ports.len(), alone.cluster_ips.len(), alone.problems.len()), (2, 0, 0));
+        assert_eq!(alone.created, Some(1_735_689_600));
+        let item = service.trim().replace('\n', "\n  ");
+        let list = format!("apiVersion: v1\nitems:\n- {item}\nkind: List\nmetadata:\n  resourceVersion: \"\"\n");
+        assert_eq!(read_one(&list), alone);
+    }
+
+    #[test]
     fn what_is_wrong_is_named_with_its_line_in_the_file() {
         let text = format!("{SERVICE}---\n{}", SERVICE.replace("clusterIP: None", "ports: 80"));
         let error = broken(&text);
