@@ -105,20 +105,17 @@ fn a_daemon_killed_at_any_moment_is_repaired_by_the_next_one() {
         let fresh = Bench::new();
         let settle = |bench: &Bench| {
             let mut daemon = start(bench, &manifests);
-            let mut last = BTreeMap::new();
-            for _ in 0..150 {
-                std::thread::sleep(Duration::from_millis(150));
-                let now = sheave::dataplane::PinnedMaps::open(&bench.config.pin_path)
-                    .map(|view| (meaning(&view), view.backends4().expect("a dump").len()));
-                if let Ok((now, backends)) = now {
-                    if !now.is_empty() && last == now {
-                        daemon.kill();
-                        return (now, backends);
-                    }
-                    last = now;
-                }
+            daemon.wait_for("the source has reported", Duration::from_secs(60)).expect("it starts");
+            let (mut last, mut equal) = (None, 0);
+            while equal < 3 {
+                std::thread::sleep(Duration::from_millis(100));
+                let view = bench.view();
+                let now = Some((meaning(&view), view.backends4().expect("a dump").len()));
+                equal = if now == last { equal + 1 } else { 0 };
+                last = now;
             }
-            panic!("the daemon does not settle");
+            daemon.kill();
+            last
         };
         let expected = settle(&fresh);
         let repaired = settle(&bench);
