@@ -224,10 +224,12 @@ impl Node {
             PodNetwork::Routed => format!("cali{count}"),
         };
         let address = Ipv4Addr::new(10, 244, number, count + 1);
+        // By the IP address, as CNI plugins do it: a pod that takes over an address is known to its neighbours at once.
+        let hardware_address = format!("0a:58:0a:f4:{number:02x}:{:02x}", count + 1);
         let namespace = Namespace::new(&name)?;
         self.namespace.ip(&[
             format!(
-                "link add {host_link} {index} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {}",
+                "link add {host_link} {index} mtu {mtu} type veth peer name eth0 address {hardware_address} mtu {mtu} netns {}",
                 namespace.path()
             ),
             format!("link set {host_link} up"),
