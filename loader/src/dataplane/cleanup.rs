@@ -4,6 +4,7 @@ use std::fs;
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use sheave_common::config::Config;
 use sheave_common::interface::Interface;
 use sheave_common::names;
 
@@ -21,13 +22,7 @@ use super::syscall;
 /// If a daemon runs, or something can't be removed.
 pub fn cleanup(pin_path: &Path) -> Result<(), DataplaneError> {
     let Some(pins) = Pins::take_existing(pin_path)? else { return Ok(()) };
-    if pins.directory().join(names::INTERFACES).exists()
-        && let Ok(map) = Map::<u32, Interface>::open(pins.directory(), names::INTERFACES, true)
-    {
-        for (index, _) in map.dump()? {
-            links::remove_filters(index);
-        }
-    }
+    remove_filters(&pins)?;
     let directory = pins.links();
     if directory.is_dir() {
         for entry in fs::read_dir(&directory).map_err(DataplaneError::file("list", &directory))? {
@@ -46,4 +41,24 @@ pub fn cleanup(pin_path: &Path) -> Result<(), DataplaneError> {
         links::remove(&entry.map_err(DataplaneError::file("list", pin_path))?.path())?;
     }
     fs::remove_dir(pin_path).map_err(DataplaneError::file("remove", pin_path))
+}
+
+/// Removes clsact filters, which no pin holds. They are found by interface index, so only in the network namespace that
+/// the pins belong to.
+fn remove_filters(pins: &Pins) -> Result<(), DataplaneError> {
+    let open = |name: &'static str| pins.directory().join(name).exists().then_some(name);
+    let (Some(config), Some(interfaces)) = (open(names::CONFIG), open(names::INTERFACES)) else { return Ok(()) };
+    let config = Map::<u32, Config>::open(pins.directory(), config, true);
+    let interfaces = Map::<u32, Interface>::open(pins.directory(), interfaces, true);
+    let (Ok(config), Ok(interfaces)) = (config, interfaces) else {
+        tracing::warn!("the pins are another version's; if the kernel is older than 6.6, its tc filters stay attached");
+        return Ok(());
+    };
+    let cookie = config.get(&0)?.map_or(0, |config| config.host_netns_cookie);
+    if cookie != syscall::netns_cookie().map_err(DataplaneError::NetnsCookie)?.unwrap_or(0) {
+        tracing::warn!("the pins belong to another network namespace; tc filters of older kernels stay there");
+        return Ok(());
+    }
+    interfaces.dump()?.into_iter().for_each(|(index, _)| links::remove_filters(index));
+    Ok(())
 }

@@ -11,7 +11,7 @@ use super::actual::{Actual, Dump};
 use super::claims::{Claims, Touched};
 use super::identity::Identity;
 use super::reclaim::Queue;
-use super::write::{Backend, Batch, Failure, Frontend, FrontendAddress, Operation, Outcome, Owner, Write};
+use super::write::{Backend, Batch, Frontend, FrontendAddress, Operation, Owner, Write};
 use crate::model::desired::{Endpoint, EndpointSets, ServicePort, ServicePortName};
 
 /// Why a service port can't be put into the kernel.
@@ -46,11 +46,11 @@ pub(super) struct Service {
     /// `None`: it should not be there.
     pub(super) desired: Option<ServicePort>,
     /// Its sets per family; `None` if they are not in the kernel.
-    sets: Option<[Sets; 2]>,
+    pub(super) sets: Option<[Sets; 2]>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-struct Sets {
+pub(super) struct Sets {
     cluster: BackendSet,
     local: BackendSet,
 }
@@ -64,7 +64,7 @@ pub struct Planner {
     pub(super) queue: Queue,
     claims: Claims,
     /// Service ports that are not in the kernel as desired because something failed.
-    unfinished: BTreeSet<ServicePortName>,
+    pub(super) unfinished: BTreeSet<ServicePortName>,
 }
 
 /// Writes of a plan by their place in the order.
@@ -336,73 +336,6 @@ impl Planner {
     /// A service port on the address: it is planned again if the mark can't be written.
     fn mark_owner(&self, ip: &IpAddr) -> Owner {
         self.claims.on_address(ip).map_or(Owner::Nobody, |name| Owner::Service(name.clone()))
-    }
-
-    /// Makes a batch's writes, in order, and moves the mirror with each that succeeds. A service port of which one
-    /// write failed gets no more of this batch; the others are not affected.
-    pub fn execute<E>(&mut self, batch: Batch, mut write: impl FnMut(&Write) -> Result<(), E>) -> Outcome<E> {
-        let refused = batch.refused.into_iter().map(|(name, error)| (name, Failure::Plan(error)));
-        let mut outcome = Outcome { written: 0, failed: refused.collect(), other: None };
-        let mut operations = batch.operations.into_iter();
-        for operation in operations.by_ref() {
-            if let Owner::Service(name) = &operation.owner
-                && outcome.failed.contains_key(name)
-            {
-                continue;
-            }
-            match write(&operation.write) {
-                Ok(()) => {
-                    outcome.written += 1;
-                    self.written(&operation.write);
-                }
-                Err(error) => match operation.owner {
-                    Owner::Service(name) => {
-                        self.fail(&name);
-                        outcome.failed.insert(name, Failure::Write(error));
-                    }
-                    Owner::Nobody => outcome.other = Some(error),
-                    Owner::Batch => {
-                        outcome.other = Some(error);
-                        break;
-                    }
-                },
-            }
-        }
-        for operation in operations {
-            if let Owner::Service(name) = &operation.owner {
-                self.fail(name);
-            }
-        }
-        self.actual.runs.free_fresh();
-        outcome
-    }
-
-    fn fail(&mut self, name: &ServicePortName) {
-        self.unfinished.insert(name.clone());
-        if let Some(service) = self.services.get_mut(name) {
-            service.sets = None;
-        }
-    }
-
-    fn written(&mut self, write: &Write) {
-        match write {
-            Write::Reserve { next_backend_id, next_service_id } => {
-                self.identity.reserved(*next_backend_id, *next_service_id);
-            }
-            Write::DeleteName { service_id } => self.forget_service(*service_id),
-            _ => {}
-        }
-        let unnamed = self.actual.apply(write);
-        self.queue.runs(unnamed);
-    }
-
-    fn forget_service(&mut self, service_id: u32) {
-        if let Some(name) = self.actual.names.get(&service_id)
-            && self.services.get(name).is_some_and(|s| s.desired.is_none() && s.id == Some(service_id))
-        {
-            self.services.remove(name);
-        }
-        self.identity.retire_service(service_id);
     }
 
     /// Whether some service port is not in the kernel as desired because something failed; the next plan includes it.

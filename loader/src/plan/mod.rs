@@ -13,6 +13,7 @@
 mod actual;
 mod claims;
 mod diff;
+mod execute;
 mod identity;
 mod reclaim;
 mod runs;

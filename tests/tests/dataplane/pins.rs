@@ -1,12 +1,14 @@
 //! Pins: what a restart finds, what it refuses, and what a cleanup leaves.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::process::CommandExt;
 
 use aya::maps::{Array, Map, MapData};
 use sheave::dataplane::{self, Dataplane, DataplaneError};
 use sheave::interfaces::Role;
 use sheave::plan::Failure;
 use sheave_common::config::Config;
+use sheave_tests::process::built;
 
 use crate::bench::{Bench, chain, desired, in_namespace, interface, interface_index, name, run, service};
 
@@ -169,5 +171,19 @@ fn a_full_map_names_itself_and_its_flag_and_spares_other_services() {
         let grace = dataplane.begin_grace().expect("db's backend waits");
         dataplane.reclaim(grace).expect("reclaimed");
         assert_eq!(bench.view().service_names().expect("a dump").len(), 2);
+    });
+}
+
+#[test]
+fn a_process_without_the_capabilities_is_told_which_ones_it_needs() {
+    in_namespace(|| {
+        let bench = Bench::new();
+        let daemon = || std::process::Command::new(built("sheave").expect("sheave is built"));
+        let mut refused = daemon();
+        refused.args(["run", "--manifests", "/tmp", "--node-name", "node", "--pin-path"]).arg(&bench.config.pin_path);
+        // Nobody: neither on the BPF file system, nor with bpf(2).
+        let output = refused.uid(65_534).gid(65_534).output().expect("started");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+        assert!(!output.status.success() && text.contains("CAP_BPF"), "{text}");
     });
 }
