@@ -4,6 +4,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use aya::Pod;
 
@@ -12,6 +13,9 @@ use super::syscall::{self, Cursor};
 
 /// Elements that one batch system call reads at first; a hash bucket that is larger doubles it.
 const BATCH: u32 = 4_096;
+
+/// How often a write is tried again that found no memory.
+const ATTEMPTS: u32 = 5;
 
 /// A map. Its sizes were checked when it was opened, so that no call reads or writes beyond a value.
 #[derive(Debug)]
@@ -57,8 +61,18 @@ impl<K: Pod, V: Pod> Map<K, V> {
     }
 
     pub(super) fn put(&self, key: &K, value: &V) -> Result<(), MapError> {
-        let result = syscall::map_update(self.fd.as_fd(), bytes_of(key), bytes_of(value));
-        result.map_err(|source| self.error("write to", source))
+        let mut attempts = 0;
+        loop {
+            match syscall::map_update(self.fd.as_fd(), bytes_of(key), bytes_of(value)) {
+                // Maps without preallocation refill a small cache of elements in the background (6.1); a burst can be
+                // ahead of it.
+                Err(error) if error.raw_os_error() == Some(libc::ENOMEM) && attempts < ATTEMPTS => {
+                    attempts += 1;
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                result => return result.map_err(|source| self.error("write to", source)),
+            }
+        }
     }
 
     /// Writes elements in as few system calls as the kernel allows.

@@ -1,6 +1,7 @@
 //! Pins: what a restart finds, what it refuses, and what a cleanup leaves.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 
 use aya::maps::{Array, Map, MapData};
@@ -8,6 +9,7 @@ use sheave::dataplane::{self, Dataplane, DataplaneError};
 use sheave::interfaces::Role;
 use sheave::plan::Failure;
 use sheave_common::config::Config;
+use sheave_common::frontend::flags::CLUSTER_IP;
 use sheave_tests::process::built;
 
 use crate::bench::{Bench, chain, desired, in_namespace, interface, interface_index, name, run, service};
@@ -185,5 +187,30 @@ fn a_process_without_the_capabilities_is_told_which_ones_it_needs() {
         let output = refused.uid(65_534).gid(65_534).output().expect("started");
         let text = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
         assert!(!output.status.success() && text.contains("CAP_BPF"), "{text}");
+    });
+}
+
+#[test]
+fn a_large_cluster_fits_and_one_change_in_it_is_one_change() {
+    in_namespace(|| {
+        let mut bench = Bench::new();
+        bench.config.sizes = sheave::config::MapSizes { conntrack: 1024, half_open: 1024, ..Default::default() };
+        let mut dataplane = bench.open();
+        let port = |number: u32, backends: &[u8]| {
+            let mut port = service(0, backends);
+            let address = std::net::Ipv4Addr::from(0x0a60_0000 + number);
+            port.frontends = BTreeMap::from([(SocketAddr::new(address.into(), 80), CLUSTER_IP)]);
+            port
+        };
+        let backends: Vec<u8> = (1..=20).collect();
+        let all = (0..5_000).map(|number| (name(&format!("s{number}")), port(number, &backends))).collect();
+        let applied = dataplane.apply_all(all);
+        assert!(applied.failed.is_empty() && applied.other.is_none());
+        assert_eq!(bench.view().backends4().expect("a dump").len(), 100_000);
+        let before = dataplane.map_writes();
+        let applied = dataplane.apply(BTreeMap::from([(name("s77"), Some(port(77, &backends[1..])))]));
+        assert_eq!((applied.written, dataplane.map_writes() - before), (2, 2), "one run and one frontend");
+        let grace = dataplane.begin_grace().expect("a backend waits");
+        assert_eq!(dataplane.reclaim(grace).expect("reclaimed").written, 1);
     });
 }

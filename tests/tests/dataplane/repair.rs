@@ -124,9 +124,27 @@ fn a_daemon_killed_at_any_moment_is_repaired_by_the_next_one() {
     });
 }
 
+#[test]
+fn nothing_is_removed_while_the_source_can_not_be_read() {
+    in_namespace(|| {
+        let bench = Bench::new();
+        assert!(bench.open().apply_all(desired()).failed.is_empty());
+        let before = meaning(&bench.view());
+        let mut daemon = start_with(&bench, &["--api-server", "http://127.0.0.1:9"]);
+        daemon.wait_for("127.0.0.1:9", Duration::from_secs(60)).expect("it says what it can't reach");
+        std::thread::sleep(Duration::from_millis(500));
+        daemon.check_alive().expect("it goes on");
+        assert_eq!(meaning(&bench.view()), before);
+    });
+}
+
 fn start(bench: &Bench, manifests: &std::path::Path) -> Process {
+    start_with(bench, &["--manifests", manifests.to_str().expect("a path of UTF-8")])
+}
+
+fn start_with(bench: &Bench, source: &[&str]) -> Process {
     let mut command = Command::new(built("sheave").expect("sheave is built"));
-    command.arg("run").arg("--manifests").arg(manifests).args(["--node-name", "node"]);
+    command.arg("run").args(source).args(["--node-name", "node"]);
     command.arg("--pin-path").arg(&bench.config.pin_path).arg("--cgroup").arg(&bench.cgroup);
     for (flag, entries) in [
         ("--max-services", "64"),
