@@ -1,7 +1,7 @@
 //! Clients: they connect, ask who answered, and count. The functions run in the calling thread's network namespace.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, BufRead as _, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket};
 use std::os::fd::{FromRawFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -117,6 +117,18 @@ pub fn who(target: SocketAddr) -> Result<Answer> {
     Answer::parse(&answer)
 }
 
+/// Connects, reads a line, and closes before the server does ([`crate::server::PATIENT`]).
+///
+/// # Errors
+/// If it isn't connected and answered in time.
+pub fn who_and_close(target: SocketAddr) -> Result<Answer> {
+    let connection = TcpStream::connect_timeout(&target, LIMIT).with_context(|| format!("connecting to {target}"))?;
+    connection.set_read_timeout(Some(LIMIT))?;
+    let mut line = String::new();
+    io::BufReader::new(connection).read_line(&mut line).with_context(|| format!("waiting for {target}"))?;
+    Answer::parse(&line)
+}
+
 /// The same from a given source address and port.
 ///
 /// # Errors
@@ -144,12 +156,23 @@ pub fn who_many(
     count: usize,
     parallel: usize,
 ) -> Answers {
+    many(namespace, count, parallel, &|| who(target))
+}
+
+/// Asks `count` times in any way, `parallel` at once.
+#[must_use]
+pub fn many(
+    namespace: Option<&crate::netns::Namespace>,
+    count: usize,
+    parallel: usize,
+    ask: &(dyn Fn() -> Result<Answer> + Sync),
+) -> Answers {
     let left = AtomicUsize::new(count);
     let take = || left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok();
     in_parallel(namespace, parallel, &|| {
         let mut answers = Answers::default();
         while take() {
-            answers.add(who(target));
+            answers.add(ask());
         }
         answers
     })

@@ -3,6 +3,7 @@
 //! | port | protocol | answer |
 //! | --- | --- | --- |
 //! | [`WHO`] | TCP | one line `name client-address:port`, then the server closes |
+//! | [`PATIENT`] | TCP | the same line, then the server waits for the client to close |
 //! | [`ECHO`] | TCP | the same line, then every byte back until the client closes |
 //! | [`UDP`] | UDP | `name client-address:port payload` |
 //! | [`HTTP`] | HTTP | `name client-address:port`, if started with [`Server::start_http`] |
@@ -23,6 +24,8 @@ use crate::netns::Namespace;
 
 /// Says who and closes.
 pub const WHO: u16 = 8080;
+/// Says who and lets the client close.
+pub const PATIENT: u16 = 8082;
 /// Says who and echoes.
 pub const ECHO: u16 = 7070;
 /// Says who and echoes, by UDP.
@@ -45,6 +48,7 @@ impl Server {
     pub fn start(namespace: &Namespace, name: &str) -> Result<Self> {
         let mut server = Self { stop: Arc::new(AtomicBool::new(false)), threads: Vec::new() };
         server.listen(namespace, name, WHO, who)?;
+        server.listen(namespace, name, PATIENT, patient)?;
         server.listen(namespace, name, ECHO, |name, connection| {
             let name = name.to_owned();
             std::thread::spawn(move || echo(&name, connection));
@@ -125,6 +129,12 @@ impl Drop for Server {
 fn who(name: &str, mut connection: TcpStream) -> io::Result<()> {
     let line = format!("{name} {}\n", connection.peer_addr()?);
     connection.write_all(line.as_bytes())
+}
+
+fn patient(name: &str, mut connection: TcpStream) -> io::Result<()> {
+    connection.write_all(format!("{name} {}\n", connection.peer_addr()?).as_bytes())?;
+    connection.set_read_timeout(Some(Duration::from_secs(1)))?;
+    connection.read(&mut [0]).map(drop)
 }
 
 fn echo(name: &str, mut connection: TcpStream) -> io::Result<()> {
