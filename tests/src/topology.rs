@@ -116,7 +116,7 @@ impl Cluster {
             format!("address add {CLIENT}/24 dev eth0"),
             format!("route add {SERVICE_NETWORK} via 192.168.50.1"),
         ])?;
-        client.sysctl("ipv4/ip_local_port_range", "1024 65535")?;
+        plenty_of_ports(&client)?;
         let mut nodes = Vec::new();
         for number in [1, 2] {
             nodes.push(Node::build(&lan, number, shape)?);
@@ -149,6 +149,13 @@ impl Cluster {
     pub fn checksum_errors(&self) -> Result<u64> {
         self.namespaces().map(Namespace::checksum_errors).sum()
     }
+}
+
+/// Lets a client open tens of thousands of connections to one address: without reuse, the kernel searches longer and longer
+/// for a port that no TIME_WAIT holds.
+fn plenty_of_ports(namespace: &Namespace) -> Result<()> {
+    namespace.sysctl("ipv4/ip_local_port_range", "1024 65535")?;
+    namespace.sysctl("ipv4/tcp_tw_reuse", "1")
 }
 
 /// A veth from the switch's port to the other namespace's `eth0`.
@@ -255,7 +262,7 @@ impl Node {
                 ])?;
             }
         }
-        namespace.sysctl("ipv4/ip_local_port_range", "1024 65535")?;
+        plenty_of_ports(&namespace)?;
         Ok(Pod { name, namespace, address, node: self.name.clone(), host_link })
     }
 
