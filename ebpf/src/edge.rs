@@ -51,44 +51,58 @@ impl Direction {
 #[inline(always)]
 pub fn ingress<C: Context>(ctx: &C, network: u32, origin: Origin) -> Verdict {
     let mut packet = Packet::blank();
-    match ipv4::parse(ctx, network, edge(ctx, origin), &mut packet) {
+    let verdict = enter(ctx, network, origin, &mut packet);
+    observe::decision(ctx, &packet, verdict);
+    verdict
+}
+
+#[inline(always)]
+fn enter<C: Context>(ctx: &C, network: u32, origin: Origin, packet: &mut Packet<Ipv4Address>) -> Verdict {
+    match ipv4::parse(ctx, network, edge(ctx, origin), packet) {
         Kind::Transport => {}
         _ if C::XDP => return Verdict::Pass,
         Kind::NotOurs => return Verdict::Pass,
         Kind::Malformed => return malformed(),
         Kind::IcmpError => {
-            return icmp::error(ctx, &packet, Direction::Ingress)
-                .unwrap_or_else(|| unsupported(&packet, DropReason::UnsupportedProtocol));
+            return icmp::error(ctx, packet, Direction::Ingress)
+                .unwrap_or_else(|| unsupported(packet, DropReason::UnsupportedProtocol));
         }
-        Kind::Fragment => return unsupported(&packet, DropReason::Fragment),
-        Kind::Other => return unsupported(&packet, DropReason::UnsupportedProtocol),
+        Kind::Fragment => return unsupported(packet, DropReason::Fragment),
+        Kind::Other => return unsupported(packet, DropReason::UnsupportedProtocol),
     }
     let now = features::now();
-    let flow = match conntrack::find(&packet, now) {
+    let flow = match conntrack::find(packet, now) {
         Some(flow) => flow,
         None => {
             let mut flow = MaybeUninit::uninit();
-            match miss(ctx, &packet, origin, now, &mut flow) {
+            match miss(ctx, packet, origin, now, &mut flow) {
                 // SAFETY: `miss` fills it whenever it says so.
                 CREATED => unsafe { flow.assume_init() },
                 verdict => return Verdict::from_bits(verdict),
             }
         }
     };
-    if Direction::Ingress.applies(flow.flags) { apply(ctx, &packet, &flow) } else { Verdict::Pass }
+    if Direction::Ingress.applies(flow.flags) { apply(ctx, packet, &flow) } else { Verdict::Pass }
 }
 
 /// A packet that leaves to a pod, or by an uplink or tunnel. Frontends are never looked at, flows never made.
 #[inline(always)]
 pub fn egress<C: Context>(ctx: &C, network: u32, origin: Origin) -> Verdict {
     let mut packet = Packet::blank();
-    match ipv4::parse(ctx, network, edge(ctx, origin), &mut packet) {
+    let verdict = leave(ctx, network, origin, &mut packet);
+    observe::decision(ctx, &packet, verdict);
+    verdict
+}
+
+#[inline(always)]
+fn leave<C: Context>(ctx: &C, network: u32, origin: Origin, packet: &mut Packet<Ipv4Address>) -> Verdict {
+    match ipv4::parse(ctx, network, edge(ctx, origin), packet) {
         Kind::Transport => {}
-        Kind::IcmpError => return icmp::error(ctx, &packet, Direction::Egress).unwrap_or(Verdict::Pass),
+        Kind::IcmpError => return icmp::error(ctx, packet, Direction::Egress).unwrap_or(Verdict::Pass),
         _ => return Verdict::Pass,
     }
-    match conntrack::find(&packet, features::now()) {
-        Some(flow) if Direction::Egress.applies(flow.flags) => apply(ctx, &packet, &flow),
+    match conntrack::find(packet, features::now()) {
+        Some(flow) if Direction::Egress.applies(flow.flags) => apply(ctx, packet, &flow),
         _ => Verdict::Pass,
     }
 }

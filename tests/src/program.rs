@@ -253,6 +253,18 @@ impl Programs {
         Ok(Outcome { action: result.return_value.cast_signed(), packet: out })
     }
 
+    /// Takes what the programs have logged through aya-log, as raw records; development builds only.
+    #[cfg(feature = "packet-trace")]
+    pub fn take_log(&mut self) -> Result<Vec<Vec<u8>>> {
+        let map = self.bpf.map_mut("AYA_LOGS").context("no map AYA_LOGS: the object does not log")?;
+        let mut ring = aya::maps::RingBuf::try_from(map)?;
+        let mut records = Vec::new();
+        while let Some(record) = ring.next() {
+            records.push(record.to_vec());
+        }
+        Ok(records)
+    }
+
     /// All entries of a flow map.
     pub fn flows(&mut self, map: &str) -> Result<StdHashMap<FlowKey<Ipv4Address>, Flow<Ipv4Address>>> {
         let map = self.hash::<FlowKey<Ipv4Address>, Flow<Ipv4Address>>(map)?;

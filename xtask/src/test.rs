@@ -41,7 +41,9 @@ struct Summary {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     process::run(&mut process::cargo(&["build", "--package", "sheave", "--package", "sheave-tests", "--bins"]))?;
-    let mut programs = build()?;
+    let mut programs = build(&["--workspace", "--exclude", "sheave-ebpf"])?;
+    // What logs every packet must load as well; it is another object, so another build.
+    programs.extend(build(&["--package", "sheave-tests", "--features", "packet-trace", "--test", "packet_trace"])?);
     if let Some(only) = &options.only {
         programs.retain(|program| program.name.contains(only.as_str()));
     }
@@ -72,10 +74,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Builds every test program and says where each is.
-fn build() -> Result<Vec<TestProgram>> {
-    let arguments =
-        ["test", "--workspace", "--exclude", "sheave-ebpf", "--no-run", "--message-format", "json-render-diagnostics"];
+/// Builds the test programs that cargo's arguments choose, and says where each is.
+fn build(chosen: &[&str]) -> Result<Vec<TestProgram>> {
+    let arguments = [&["test", "--no-run", "--message-format", "json-render-diagnostics"], chosen].concat();
     let mut command = process::cargo(&arguments);
     let mut child = command.stdout(Stdio::piped()).spawn().context("cannot run cargo")?;
     let messages = BufReader::new(child.stdout.take().context("cargo's output was not piped")?);
