@@ -163,7 +163,7 @@ fn read_document(document: &Document<'_>, objects: &mut Vec<Object>) -> Result<(
     match (header.api_version.as_str(), header.kind.as_str()) {
         ("v1", "Service") => objects.push(service(&document.parse()?, first_line())?),
         ("v1", "Node") => objects.push(node(&document.parse()?, first_line())?),
-        ("discovery.k8s.io/v1", "EndpointSlice") => objects.push(slice(&document.parse()?, first_line())?),
+        ("discovery.k8s.io/v1", "EndpointSlice") => objects.push(slice(document.parse()?, first_line())?),
         ("v1", "List" | "ServiceList" | "NodeList") | ("discovery.k8s.io/v1", "EndpointSliceList") => {
             read_list(document, &header, objects)?;
         }
@@ -194,7 +194,7 @@ fn read_list(document: &Document<'_>, list: &Header, objects: &mut Vec<Object>) 
             ("v1", "Service") => objects.push(service(&serde_json::from_value(item).map_err(broken)?, line)?),
             ("v1", "Node") => objects.push(node(&serde_json::from_value(item).map_err(broken)?, line)?),
             ("discovery.k8s.io/v1", "EndpointSlice") => {
-                objects.push(slice(&serde_json::from_value(item).map_err(broken)?, line)?);
+                objects.push(slice(serde_json::from_value(item).map_err(broken)?, line)?);
             }
             (_, "") => return Err(Broken { line, message: "an item without a kind".to_owned() }),
             (api_version, kind) => tracing::debug!(api_version, kind, "a manifest of another kind"),
@@ -215,9 +215,18 @@ fn service(object: &core::Service, line: u64) -> Result<Object, Broken> {
     Ok(Object::Service(object.into()))
 }
 
-fn slice(object: &discovery::EndpointSlice, line: u64) -> Result<Object, Broken> {
-    named(Some(&convert::slice_key(object).name), line)?;
-    Ok(Object::Slice(object.into()))
+fn slice(mut object: discovery::EndpointSlice, line: u64) -> Result<Object, Broken> {
+    named(Some(&convert::slice_key(&object).name), line)?;
+    default_port_names(&mut object);
+    Ok(Object::Slice((&object).into()))
+}
+
+/// What an API server fills in when it takes an EndpointSlice: a port without a name has the name "". The other absent
+/// fields mean the same filled in or not.
+fn default_port_names(slice: &mut discovery::EndpointSlice) {
+    for port in slice.ports.iter_mut().flatten() {
+        port.name.get_or_insert_default();
+    }
 }
 
 fn node(object: &core::Node, line: u64) -> Result<Object, Broken> {
@@ -228,6 +237,7 @@ fn node(object: &core::Node, line: u64) -> Result<Object, Broken> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::desired::Protocol;
 
     fn names(format: Format, text: &str) -> Vec<String> {
         read(format, text).expect("a sound file").iter().map(|object| object.key().to_string()).collect()
@@ -264,6 +274,20 @@ mod tests {
         let list = "{\"apiVersion\": \"discovery.k8s.io/v1\", \"kind\": \"EndpointSliceList\", \"items\": [\n\
             {\"metadata\": {\"name\": \"a\"}, \"addressType\": \"IPv4\", \"endpoints\": []}]}";
         assert_eq!(names(Format::Json, list), ["EndpointSlice default/a"]);
+    }
+
+    #[test]
+    fn a_hand_written_port_without_a_name_is_the_services_port_without_a_name() {
+        let slice = "{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {name: web-1}, addressType: IPv4, \
+            ports: [{port: 8080}, {name: admin, port: 81, protocol: UDP}], endpoints: []}";
+        let list = format!("apiVersion: v1\nkind: List\nitems:\n- {slice}\n");
+        for text in [slice, &list] {
+            let objects = read(Format::Yaml, text).expect("a sound file");
+            let [Object::Slice(read)] = &objects[..] else { panic!("one EndpointSlice in {text}") };
+            let ports: Vec<_> = read.ports.iter().map(|port| (port.name.as_str(), port.protocol, port.port)).collect();
+            assert_eq!(ports, [("", Protocol::Tcp, 8080), ("admin", Protocol::Udp, 81)]);
+            assert!(read.problems.is_empty(), "{:?}", read.problems);
+        }
     }
 
     #[test]
