@@ -21,7 +21,8 @@ const START: Duration = Duration::from_secs(30);
 pub struct Agent {
     namespace: Namespace,
     node_name: String,
-    manifests: PathBuf,
+    /// `--manifests DIR` or `--kubeconfig FILE`.
+    source: [PathBuf; 2],
     pins: PathBuf,
     cgroup: Cgroup,
     arguments: Vec<String>,
@@ -34,10 +35,22 @@ impl Agent {
     /// # Errors
     /// If it ends or isn't ready in time; with its log.
     pub fn start(node: &Node, manifests: &Manifests, arguments: &[&str]) -> Result<Self> {
+        Self::start_from(node, &node.name, ["--manifests".into(), manifests.path().to_owned()], arguments)
+    }
+
+    /// The same with an API server, which knows the node by this name.
+    ///
+    /// # Errors
+    /// If it ends or isn't ready in time; with its log.
+    pub fn start_with_kubeconfig(node: &Node, name: &str, kubeconfig: &Path, arguments: &[&str]) -> Result<Self> {
+        Self::start_from(node, name, ["--kubeconfig".into(), kubeconfig.to_owned()], arguments)
+    }
+
+    fn start_from(node: &Node, name: &str, source: [PathBuf; 2], arguments: &[&str]) -> Result<Self> {
         let mut agent = Self {
             namespace: node.namespace.clone(),
-            node_name: node.name.clone(),
-            manifests: manifests.path().to_owned(),
+            node_name: name.to_owned(),
+            source,
             pins: Path::new("/sys/fs/bpf").join(unique_name()),
             cgroup: Cgroup::new()?,
             arguments: arguments.iter().map(ToString::to_string).collect(),
@@ -54,7 +67,7 @@ impl Agent {
     pub fn restart(&mut self) -> Result<()> {
         self.process = None;
         let mut command = self.namespace.command(built("sheave")?);
-        command.arg("run").arg("--manifests").arg(&self.manifests).arg("--node-name").arg(&self.node_name);
+        command.arg("run").args(&self.source).arg("--node-name").arg(&self.node_name);
         command.arg("--pin-path").arg(&self.pins).arg("--cgroup").arg(self.cgroup.path());
         command.args(["--log-format", "text"]);
         if !self.arguments.iter().any(|argument| argument == "--xdp") {

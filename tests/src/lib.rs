@@ -9,6 +9,7 @@ pub mod agent;
 pub mod cgroup;
 pub mod client;
 pub mod kube_api;
+pub mod kubectl;
 pub mod leftovers;
 pub mod manifests;
 pub mod netns;

@@ -38,6 +38,11 @@ const TOOLS: &[Tool] = &[
     Tool { program: "dig", packages: ["bind9-dnsutils", "bind-utils", "bind"], purpose: "asks DNS" },
     Tool { program: "dnsmasq", packages: ["dnsmasq-base", "dnsmasq", "dnsmasq"], purpose: "answers DNS" },
     Tool { program: "curl", packages: ["curl", "curl", "curl"], purpose: "asks HTTP" },
+    Tool {
+        program: "kubectl",
+        packages: ["kubernetes-client", "kubernetes-client", "kubectl"],
+        purpose: "makes a Service as people do",
+    },
 ];
 
 struct Tool {
@@ -201,7 +206,12 @@ fn install_tools(tools: &[&Tool], apt: bool) -> Result<()> {
             packages.retain(|package| *package != "bpftool");
             packages.extend(["linux-tools-common", "linux-tools-generic"]);
         }
-        return apt_install(&packages);
+        // Ubuntu has kubectl as a snap only.
+        if packages.contains(&"kubernetes-client") && !offered(&["kubernetes-client"]) {
+            packages.retain(|package| *package != "kubernetes-client");
+            say("apt does not offer kubectl; one test needs it: https://kubernetes.io/docs/tasks/tools/");
+        }
+        return if packages.is_empty() { Ok(()) } else { apt_install(&packages) };
     }
     let command = if find("dnf").is_some() {
         format!("dnf install {}", packages(1).join(" "))

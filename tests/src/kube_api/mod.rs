@@ -1,12 +1,21 @@
-//! An in-process Kubernetes API: Services, EndpointSlices and Nodes over HTTP, as much of it as a controller meets:
-//! pages, selectors, watches with bookmarks, an end to history, and servers that fail.
+//! An in-process Kubernetes API: Services, EndpointSlices, Nodes and Namespaces over HTTP, as much of it as a controller
+//! meets (pages, selectors, watches with bookmarks, an end to history, servers that fail) and as `kubectl` needs to
+//! create, get, patch, replace and delete them.
 //!
 //! It runs on a thread of its own, so everything here can be called from tests that are async and from those that are
-//! not. [`store`] keeps objects and their history, [`selector`] reads selectors, [`serve`] speaks HTTP.
+//! not. [`store`] keeps objects and their history, [`selector`] reads selectors, [`serve`] speaks HTTP; [`route`] says
+//! what a path is about, [`discovery`] tells kubectl what there is, [`write`](mod@write) takes objects in, [`defaults`]
+//! fills them in and gives out addresses and node ports. Left out: authorisation, validation beyond what would clash,
+//! server-side apply, OpenAPI (so kubectl needs `--validate=false` for files) and whatever controllers do.
 
+mod defaults;
+mod discovery;
+mod patch;
+mod route;
 mod selector;
 mod serve;
 mod store;
+mod write;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -25,6 +34,16 @@ pub enum Verb {
     List,
     /// A watch.
     Watch,
+    /// One object.
+    Get,
+    /// POST
+    Create,
+    /// PUT
+    Replace,
+    /// PATCH
+    Patch,
+    /// DELETE
+    Delete,
 }
 
 /// A request that was received.
@@ -32,7 +51,7 @@ pub enum Verb {
 pub struct Request {
     /// The kind it asks for.
     pub resource: Resource,
-    /// List or watch.
+    /// What is to be done.
     pub verb: Verb,
     /// Its query, decoded.
     pub query: std::collections::BTreeMap<String, String>,
@@ -96,8 +115,20 @@ impl KubeApi {
         format!("http://{}", self.address)
     }
 
-    /// Creates or updates an object, known by kind, namespace (`default` if absent) and name. Returns its resource
-    /// version.
+    /// A kubeconfig's text that leads here.
+    #[must_use]
+    pub fn kubeconfig(&self) -> String {
+        serde_json::json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "test",
+            "clusters": [{"name": "test", "cluster": {"server": self.url()}}],
+            "users": [{"name": "test", "user": {"token": "secret"}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+        })
+        .to_string()
+    }
+
+    /// Creates or updates an object, known by kind, namespace (`default` if absent) and name, as it is: nothing is
+    /// filled in. Returns its resource version.
     ///
     /// # Panics
     ///
@@ -108,7 +139,8 @@ impl KubeApi {
         version
     }
 
-    /// Deletes an object; one that isn't there stays gone. Nodes have the namespace "".
+    /// Deletes an object; one that isn't there stays gone. Nodes and Namespaces are in the
+    /// namespace "".
     pub fn delete(&self, resource: Resource, namespace: &str, name: &str) {
         self.shared.store().delete(resource, namespace, name);
         self.shared.wake();

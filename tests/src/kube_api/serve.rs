@@ -1,4 +1,4 @@
-//! HTTP: lists as one document, watches as a stream of lines, failures as asked for.
+//! HTTP: objects and lists as one document, watches as a stream of lines, failures as asked for.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
-use http::{Response, StatusCode};
+use http::{Method, Response, StatusCode, header};
 use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, Full, StreamBody};
+use http_body_util::{BodyExt, Collected, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -19,9 +19,10 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::route::Route;
 use super::selector::Selector;
 use super::store::{Expired, Filter, Resource, Store};
-use super::{Gone, Request, Verb};
+use super::{Gone, Request, Verb, discovery, write};
 
 type Body = UnsyncBoxBody<Bytes, io::Error>;
 
@@ -131,7 +132,7 @@ pub(super) async fn accept(listener: TcpListener, shared: Arc<Shared>) {
             // `life` is captured, so it ends after the connection, which is a local.
             let service = service_fn(move |request| {
                 let shared = Arc::clone(&shared);
-                async move { Ok::<_, Infallible>(answer(&shared, &request)) }
+                async move { Ok::<_, Infallible>(answer(&shared, request).await) }
             });
             let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
             tokio::select! {
@@ -143,34 +144,67 @@ pub(super) async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     }
 }
 
-fn answer(shared: &Arc<Shared>, request: &http::Request<Incoming>) -> Response<Body> {
+async fn answer(shared: &Arc<Shared>, request: http::Request<Incoming>) -> Response<Body> {
     let query = decode_query(request.uri().query().unwrap_or_default());
-    let Some(resource) = Resource::of_path(request.uri().path()) else {
-        return failure(404, "NotFound", "no such resource");
+    let header =
+        |name| request.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
+    let (authorization, content_type) = (header(header::AUTHORIZATION), header(header::CONTENT_TYPE));
+    let path = request.uri().path();
+    let Some(route) = Route::parse(path) else {
+        return match discovery::document(path) {
+            Some(document) => respond(StatusCode::OK, whole(&document)),
+            None => failure(404, "NotFound", "the server could not find the requested resource"),
+        };
     };
-    let verb = if query.get("watch").is_some_and(|watch| watch == "true") { Verb::Watch } else { Verb::List };
+    let watches = query.get("watch").is_some_and(|watch| watch == "true" || watch == "1");
+    let verb = match (request.method(), &route.name) {
+        (&Method::GET, None) if watches => Verb::Watch,
+        (&Method::GET, None) => Verb::List,
+        (&Method::GET, Some(_)) => Verb::Get,
+        (&Method::POST, None) => Verb::Create,
+        (&Method::PUT, Some(_)) => Verb::Replace,
+        (&Method::PATCH, Some(_)) => Verb::Patch,
+        (&Method::DELETE, Some(_)) => Verb::Delete,
+        _ => {
+            return failure(405, "MethodNotAllowed", "the server does not allow this method on the requested resource");
+        }
+    };
     {
         let mut faults = shared.faults();
-        faults.requests.push(Request { resource, verb, query: query.clone() });
-        if let Some(token) = &faults.token {
-            let expected = format!("Bearer {token}");
-            if request.headers().get(http::header::AUTHORIZATION).is_none_or(|header| header != expected.as_str()) {
-                return failure(401, "Unauthorized", "Unauthorized");
-            }
+        faults.requests.push(Request { resource: route.resource, verb, query: query.clone() });
+        if faults.token.as_ref().is_some_and(|token| authorization != format!("Bearer {token}")) {
+            return failure(401, "Unauthorized", "Unauthorized");
         }
-        if let Some((_, status)) = faults.fail.filter(|(failing, _)| failing.is_none_or(|failing| failing == resource))
-        {
+        let is_meant = |failing: &Option<Resource>| failing.is_none_or(|failing| failing == route.resource);
+        if let Some((_, status)) = faults.fail.filter(|(failing, _)| is_meant(failing)) {
             return failure(status, "InternalError", "told to fail");
         }
     }
     let filter = Filter {
-        resource,
+        resource: route.resource,
+        namespace: route.namespace.clone(),
         labels: Selector::parse(query.get("labelSelector").map_or("", String::as_str)),
         name: query.get("fieldSelector").and_then(|fields| Some(fields.strip_prefix("metadata.name=")?.to_owned())),
     };
-    match verb {
-        Verb::List => list(shared, &filter, &query),
-        Verb::Watch => watch(shared, filter, &query),
+    let Ok(body) = request.into_body().collect().await.map(Collected::to_bytes) else {
+        return failure(400, "BadRequest", "the request ended too early");
+    };
+    if !content_type.is_empty() && !content_type.contains("json") {
+        return failure(415, "UnsupportedMediaType", &format!("{content_type} is not served here, only JSON"));
+    }
+    let answer = match verb {
+        Verb::List => return list(shared, &filter, &query),
+        Verb::Watch => return watch(shared, filter, &query),
+        Verb::Get => write::get(&shared.store(), &route),
+        Verb::Create => write::create(&mut shared.store(), &route, &body),
+        Verb::Replace => write::replace(&mut shared.store(), &route, &body),
+        Verb::Patch => write::patch(&mut shared.store(), &route, &content_type, &body),
+        Verb::Delete => write::delete(&mut shared.store(), &route),
+    };
+    shared.wake();
+    match answer {
+        Ok((status, object)) => respond(status, whole(&object)),
+        Err(refusal) => failure(refusal.status.as_u16(), refusal.reason, &refusal.message),
     }
 }
 
@@ -191,7 +225,7 @@ fn list(shared: &Shared, filter: &Filter, query: &BTreeMap<String, String>) -> R
         "metadata": metadata,
         "items": page.items,
     });
-    respond(StatusCode::OK, Full::from(list.to_string()).map_err(|never| match never {}).boxed_unsync())
+    respond(StatusCode::OK, whole(&list))
 }
 
 fn watch(shared: &Arc<Shared>, filter: Filter, query: &BTreeMap<String, String>) -> Response<Body> {
@@ -285,12 +319,16 @@ fn status(code: u16, reason: &str, message: &str) -> Value {
 }
 
 fn failure(code: u16, reason: &str, message: &str) -> Response<Body> {
-    let body = Full::from(status(code, reason, message).to_string()).map_err(|never| match never {}).boxed_unsync();
-    respond(StatusCode::from_u16(code).expect("a status"), body)
+    respond(StatusCode::from_u16(code).expect("a status"), whole(&status(code, reason, message)))
+}
+
+/// A body that is there at once.
+fn whole(document: &Value) -> Body {
+    Full::from(document.to_string()).map_err(|never| match never {}).boxed_unsync()
 }
 
 fn respond(status: StatusCode, body: Body) -> Response<Body> {
-    let response = Response::builder().status(status).header(http::header::CONTENT_TYPE, "application/json");
+    let response = Response::builder().status(status).header(header::CONTENT_TYPE, "application/json");
     response.body(body).expect("a sound response")
 }
 

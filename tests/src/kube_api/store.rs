@@ -15,36 +15,49 @@ pub enum Resource {
     EndpointSlices,
     /// v1 Node
     Nodes,
+    /// v1 Namespace
+    Namespaces,
 }
 
 impl Resource {
-    const ALL: [Self; 3] = [Self::Services, Self::EndpointSlices, Self::Nodes];
+    pub(super) const ALL: [Self; 4] = [Self::Services, Self::EndpointSlices, Self::Nodes, Self::Namespaces];
 
     pub(super) const fn kind(self) -> &'static str {
         match self {
             Self::Services => "Service",
             Self::EndpointSlices => "EndpointSlice",
             Self::Nodes => "Node",
+            Self::Namespaces => "Namespace",
+        }
+    }
+
+    pub(super) const fn plural(self) -> &'static str {
+        match self {
+            Self::Services => "services",
+            Self::EndpointSlices => "endpointslices",
+            Self::Nodes => "nodes",
+            Self::Namespaces => "namespaces",
+        }
+    }
+
+    pub(super) const fn short_names(self) -> &'static [&'static str] {
+        match self {
+            Self::Services => &["svc"],
+            Self::EndpointSlices => &[],
+            Self::Nodes => &["no"],
+            Self::Namespaces => &["ns"],
         }
     }
 
     pub(super) const fn api_version(self) -> &'static str {
         match self {
-            Self::Services | Self::Nodes => "v1",
+            Self::Services | Self::Nodes | Self::Namespaces => "v1",
             Self::EndpointSlices => "discovery.k8s.io/v1",
         }
     }
 
-    const fn path(self) -> &'static str {
-        match self {
-            Self::Services => "/api/v1/services",
-            Self::EndpointSlices => "/apis/discovery.k8s.io/v1/endpointslices",
-            Self::Nodes => "/api/v1/nodes",
-        }
-    }
-
-    pub(super) fn of_path(path: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|resource| resource.path() == path)
+    pub(super) const fn is_namespaced(self) -> bool {
+        matches!(self, Self::Services | Self::EndpointSlices)
     }
 
     fn of_kind(kind: &str) -> Option<Self> {
@@ -56,6 +69,8 @@ impl Resource {
 #[derive(Clone, Debug)]
 pub(super) struct Filter {
     pub(super) resource: Resource,
+    /// Everywhere if absent.
+    pub(super) namespace: Option<String>,
     pub(super) labels: Selector,
     /// fieldSelector metadata.name
     pub(super) name: Option<String>,
@@ -63,7 +78,10 @@ pub(super) struct Filter {
 
 impl Filter {
     fn matches(&self, object: &Value) -> bool {
-        self.labels.matches(object) && self.name.as_ref().is_none_or(|name| object["metadata"]["name"] == name.as_str())
+        let is = |field: &str, wanted: &Option<String>| {
+            wanted.as_ref().is_none_or(|wanted| object["metadata"][field] == wanted.as_str())
+        };
+        self.labels.matches(object) && is("namespace", &self.namespace) && is("name", &self.name)
     }
 }
 
@@ -89,7 +107,7 @@ pub(super) struct Page {
 pub(super) struct Expired;
 
 /// Namespace and name.
-type Name = (String, String);
+pub(super) type Name = (String, String);
 
 #[derive(Debug)]
 struct Entry {
@@ -114,22 +132,49 @@ impl Store {
         self.version
     }
 
+    /// Namespace ("" for what lives in none) and name of an object.
+    pub(super) fn name_of(resource: Resource, object: &Value) -> Name {
+        let part = |field: &str| object["metadata"][field].as_str().unwrap_or_default().to_owned();
+        (if resource.is_namespaced() { part("namespace") } else { String::new() }, part("name"))
+    }
+
+    pub(super) fn get(&self, resource: Resource, namespace: &str, name: &str) -> Option<&Value> {
+        self.objects.get(&(resource, (namespace.to_owned(), name.to_owned())))
+    }
+
+    /// All objects of a kind.
+    pub(super) fn objects(&self, resource: Resource) -> impl Iterator<Item = (&Name, &Value)> {
+        let objects = self.objects.iter().filter(move |((kind, _), _)| *kind == resource);
+        objects.map(|((_, name), object)| (name, object))
+    }
+
+    /// Deletes what is in a namespace.
+    pub(super) fn empty_namespace(&mut self, namespace: &str) {
+        let inside: Vec<(Resource, Name)> =
+            self.objects.keys().filter(|(_, (inside, _))| inside == namespace).cloned().collect();
+        for (resource, (_, name)) in inside {
+            self.delete(resource, namespace, &name);
+        }
+    }
+
     pub(super) fn apply(&mut self, mut object: Value) -> u64 {
         let kind = object["kind"].as_str().expect("an object has a kind");
         let resource = Resource::of_kind(kind).expect("a kind that is served");
         self.version += 1;
         let metadata = &mut object["metadata"];
         metadata["resourceVersion"] = self.version.to_string().into();
-        if resource != Resource::Nodes && metadata["namespace"].is_null() {
+        if resource.is_namespaced() && metadata["namespace"].is_null() {
             metadata["namespace"] = "default".into();
         }
         if metadata["creationTimestamp"].is_null() {
             metadata["creationTimestamp"] = "2025-01-01T00:00:00Z".into();
         }
-        let namespace = metadata["namespace"].as_str().unwrap_or_default().to_owned();
-        let name = metadata["name"].as_str().expect("an object has a name").to_owned();
+        if metadata["uid"].is_null() {
+            metadata["uid"] = format!("00000000-0000-4000-8000-{:012x}", self.version).into();
+        }
+        assert!(metadata["name"].is_string(), "an object has a name");
         object["apiVersion"] = resource.api_version().into();
-        let old = self.objects.insert((resource, (namespace, name)), object.clone());
+        let old = self.objects.insert((resource, Self::name_of(resource, &object)), object.clone());
         self.history.push(Entry { version: self.version, resource, old, new: Some(object) });
         self.version
     }
