@@ -160,7 +160,7 @@ impl RunConfig {
             hairpin4: Ipv4Addr::new(169, 254, 42, 1),
             hairpin6: Ipv6Addr::new(0xfd53, 0x6865, 0x6176, 0x6500, 0, 0, 0, 1),
             timeouts: Timeouts::DEFAULT,
-            snat_ports: (61_000, 65_535),
+            snat_ports: (10_000, 29_999),
             rejects_per_second: 1_000,
             drain_foreign: false,
             sizes: MapSizes::default(),

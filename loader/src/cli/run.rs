@@ -57,7 +57,7 @@ pub struct RunArgs {
         long,
         env = "SHEAVE_SNAT_PORTS",
         value_name = "FIRST-LAST",
-        default_value = "61000-65535",
+        default_value = "10000-29999",
         value_parser = values::ports
     )]
     snat_ports: (u16, u16),

@@ -96,8 +96,8 @@ fn bad_values_name_the_flag_and_the_remedy() {
     for (flag, remedy) in [
         ("--connect=some", "write host"),
         ("--xdp=yes", "write auto"),
-        ("--snat-ports=70000", "61000-65535"),
-        ("--snat-ports=200-100", "61000-65535"),
+        ("--snat-ports=70000", "10000-29999"),
+        ("--snat-ports=200-100", "10000-29999"),
         ("--timeout-syn=0", "at least one second"),
         ("--timeout-syn=5w", "5m"),
         ("--nodeport-addresses=10.0.0.0/33", "10.0.0.0/33"),

@@ -42,7 +42,7 @@ fn network(text: &str) -> Result<(IpAddr, u8), String> {
 }
 
 pub(super) fn ports(text: &str) -> Result<(u16, u16), String> {
-    let remedy = || "write two ports, FIRST-LAST, both from 1024 to 65535, like 61000-65535".to_owned();
+    let remedy = || "write two ports, FIRST-LAST, both from 1024 to 65535, like 10000-29999".to_owned();
     let (first, last) = text.split_once('-').ok_or_else(remedy)?;
     let (first, last): (u16, u16) =
         (first.trim().parse().map_err(|_| remedy())?, last.trim().parse().map_err(|_| remedy())?);
