@@ -180,16 +180,16 @@ pub fn many(
 
 /// Asks again and again until told to stop.
 #[must_use]
-pub fn who_until(
+pub fn until(
     namespace: Option<&crate::netns::Namespace>,
-    target: SocketAddr,
     stop: &AtomicBool,
     parallel: usize,
+    ask: &(dyn Fn() -> Result<Answer> + Sync),
 ) -> Answers {
     in_parallel(namespace, parallel, &|| {
         let mut answers = Answers::default();
         while !stop.load(Ordering::Relaxed) {
-            answers.add(who(target));
+            answers.add(ask());
         }
         answers
     })

@@ -1,16 +1,22 @@
 //! A cluster with servers in every pod and Sheave on node 1: where most end-to-end tests begin.
 
 use std::net::Ipv4Addr;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use crate::agent::Agent;
+use crate::client;
 use crate::manifests::{Endpoint, Manifests, Service};
+use crate::netns::Namespace;
 use crate::process::eventually;
 use crate::server::Server;
 use crate::topology::{Cluster, Node, Pod, Shape};
+
+/// How long backends change under traffic.
+const CHANGING: Duration = Duration::from_secs(10);
 
 /// The running thing. Dropped in this order: servers, Sheave, manifests, namespaces.
 #[derive(Debug)]
@@ -84,5 +90,41 @@ impl Scenario {
             Ok(())
         });
         waited.with_context(|| format!("log of sheave:\n{}", self.agent.log()))
+    }
+
+    /// Asks `service` from `client` for some seconds, while the set behind it changes every 100 ms among `pods`.
+    ///
+    /// # Errors
+    /// If the manifests can't be written.
+    ///
+    /// # Panics
+    /// If `ask` does.
+    pub fn ask_while_backends_change(
+        &self,
+        service: &Service,
+        pods: &[&Pod],
+        client: &Namespace,
+        ask: &(dyn Fn() -> Result<client::Answer> + Sync),
+    ) -> Result<client::Answers> {
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let asking = scope.spawn(|| client::until(Some(client), &stop, 4, ask));
+            let started = Instant::now();
+            let mut outcome = Ok(());
+            for round in 0_usize.. {
+                if started.elapsed() > CHANGING || outcome.is_err() {
+                    break;
+                }
+                // Every set but the empty one comes up.
+                let chosen = round % ((1 << pods.len()) - 1) + 1;
+                let set = pods.iter().enumerate().filter(|(index, _)| chosen >> index & 1 == 1);
+                let endpoints: Vec<Endpoint> = set.map(|(_, pod)| Endpoint::from(*pod)).collect();
+                outcome = self.manifests.service(service, &endpoints);
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            stop.store(true, Ordering::Relaxed);
+            let answers = asking.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            outcome.map(|()| answers)
+        })
     }
 }

@@ -1,7 +1,6 @@
 //! A pod asks a ClusterIP: real connections through the kernel, on bridged and routed pod networks.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddrV4, UdpSocket};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -79,26 +78,9 @@ fn no_connection_fails_while_the_backends_change_ten_times_a_second() -> Result<
     for (pods, remote) in [(PodNetwork::Bridged, false), (PodNetwork::Routed, true)] {
         let scenario = four_backends(pods, remote, NodeNetwork::Plain)?;
         let client = scenario.pod(1, 1);
-        let all = backends(&scenario);
-        let stop = AtomicBool::new(false);
-        let answers = std::thread::scope(|scope| -> Result<_> {
-            let asking = scope.spawn(|| client::who_until(Some(&client.namespace), at(WEB, 80), &stop, 4));
-            let started = Instant::now();
-            let mut outcome = Ok(());
-            for round in 1_u32.. {
-                if started.elapsed() > Duration::from_secs(10) || outcome.is_err() {
-                    break;
-                }
-                // Every set but the empty one comes up.
-                let set = all.iter().enumerate().filter(|(index, _)| (round % 15 + 1) >> index & 1 == 1);
-                let endpoints: Vec<_> = set.map(|(_, pod)| pod.into()).collect();
-                outcome = scenario.manifests.service(&web(), &endpoints);
-                std::thread::sleep(Duration::from_millis(100));
-            }
-            stop.store(true, Ordering::Relaxed);
-            let answers = asking.join().map_err(|_| anyhow::anyhow!("the client panicked"))?;
-            outcome.map(|()| answers)
-        })?;
+        let all: Vec<_> = backends(&scenario).iter().collect();
+        let answers =
+            scenario.ask_while_backends_change(&web(), &all, &client.namespace, &|| client::who(at(WEB, 80)))?;
         answers.all_answered()?;
         ensure!(answers.total() > 1_000, "only {} connections in ten seconds", answers.total());
         ensure!(answers.by_backend.len() == 4, "not every backend had its turn: {:?}", answers.by_backend);

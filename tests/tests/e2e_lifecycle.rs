@@ -40,8 +40,8 @@ fn connections_go_on_while_sheave_is_killed_and_started_again() -> Result<()> {
     let mut outside_talk = outside.run(|| Conversation::open(at(NODE, 30_007)))?;
     let stop = AtomicBool::new(false);
     let answers = std::thread::scope(|scope| -> Result<_> {
-        let inside = scope.spawn(|| client::who_until(Some(&pod), at(WEB, 80), &stop, 2));
-        let from_outside = scope.spawn(|| client::who_until(Some(&outside), at(NODE, 30_500), &stop, 2));
+        let inside = scope.spawn(|| client::until(Some(&pod), &stop, 2, &|| client::who(at(WEB, 80))));
+        let from_outside = scope.spawn(|| client::until(Some(&outside), &stop, 2, &|| client::who(at(NODE, 30_500))));
         let outcome = (0..5).try_for_each(|round| {
             scenario.agent.kill();
             std::thread::sleep(Duration::from_millis(300));

@@ -107,6 +107,23 @@ fn every_connection_through_vxlan_is_answered_with_xdp() -> Result<()> {
 const ALL: [Backends; 3] =
     [Backends::Local, Backends::Remote(NodeNetwork::Plain), Backends::Remote(NodeNetwork::Vxlan)];
 
+/// Clients outside would notice every deployment.
+#[test]
+fn no_connection_fails_while_the_backends_change_ten_times_a_second() -> Result<()> {
+    for (nodes, xdp) in [(NodeNetwork::Plain, false), (NodeNetwork::Plain, true), (NodeNetwork::Vxlan, false)] {
+        let shape = Shape { nodes, pod_counts: [2, 2], xdp, ..Shape::default() };
+        let scenario = Scenario::start(shape, &["--xdp", if xdp { "native" } else { "off" }])?;
+        let pods: Vec<&Pod> = scenario.cluster.nodes.iter().flat_map(|node| &node.pods).collect();
+        scenario.publish(&web(), pods.iter().copied())?;
+        let ask = || client::who_and_close(PATIENT);
+        let answers = scenario.ask_while_backends_change(&web(), &pods, &scenario.cluster.client, &ask)?;
+        answers.all_answered().with_context(|| format!("{nodes:?}, XDP {xdp}"))?;
+        ensure!(answers.total() > 1_000, "only {} connections in ten seconds", answers.total());
+        ensure!(answers.by_backend.len() == 4, "not every backend had its turn: {:?}", answers.by_backend);
+    }
+    Ok(())
+}
+
 /// A DNS server behind a nodePort would not be reached, and long transfers would stall.
 #[test]
 fn datagrams_and_transfers_go_both_ways() -> Result<()> {

@@ -1,0 +1,224 @@
+//! The life of flows under real traffic: what the maps say of them, and what becomes of connections when entries are lost,
+//! flooded, or idle for too long.
+
+use std::io::{self, Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use aya::maps::{HashMap, Map, MapData};
+use serde_json::Value;
+use sheave_common::Ipv4Address;
+use sheave_common::flow::{Flow, FlowKey, flags};
+use sheave_tests::client::{self, Conversation, at};
+use sheave_tests::manifests::Service;
+use sheave_tests::packet::{Packet, SYN};
+use sheave_tests::scenario::Scenario;
+use sheave_tests::server;
+use sheave_tests::topology::{PodNetwork, Shape};
+
+const WEB: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
+const NODE: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 1);
+/// Where [`Ticker`] listens.
+const TICK: u16 = 9_000;
+
+fn web() -> Service {
+    Service::new("web", WEB)
+        .tcp("echo", 7, server::ECHO)
+        .tcp("tick", 9, TICK)
+        .udp("udp", 53, server::UDP)
+        .node_port(30_053)
+}
+
+type Flows = HashMap<MapData, FlowKey<Ipv4Address>, Flow<Ipv4Address>>;
+
+fn conntrack(scenario: &Scenario) -> Result<Flows> {
+    let data = MapData::from_pin(scenario.agent.pins().join(sheave_common::names::CONNTRACK4))?;
+    Ok(HashMap::try_from(Map::LruHashMap(data))?)
+}
+
+/// Removes one half of every flow, as LRU eviction might. Returns how many there were.
+fn evict(flows: &mut Flows, reply: bool) -> Result<usize> {
+    let keys: Vec<_> = flows
+        .iter()
+        .filter_map(Result::ok)
+        .filter(|(_, flow)| (flow.flags & flags::REPLY != 0) == reply)
+        .map(|(key, _)| key)
+        .collect();
+    for key in &keys {
+        flows.remove(key)?;
+    }
+    Ok(keys.len())
+}
+
+/// Longer than the second after which a flow looks for its other half.
+const IDLE: Duration = Duration::from_millis(1_200);
+
+/// A full connection table would break connections that are alive.
+#[test]
+fn a_connection_survives_the_loss_of_either_half_of_its_flow() -> Result<()> {
+    let scenario = Scenario::start(Shape { pod_counts: [1, 1], ..Shape::default() }, &[])?;
+    let backend = scenario.pod(2, 1);
+    scenario.publish(&web(), [backend])?;
+    let listener = backend.namespace.run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, TICK)))?;
+    let ticker = std::thread::spawn(move || -> io::Result<()> {
+        let (mut connection, _) = listener.accept()?;
+        for _ in 0..3 {
+            std::thread::sleep(2 * IDLE);
+            connection.write_all(b"t")?;
+        }
+        Ok(())
+    });
+    scenario.pod(1, 1).namespace.run(|| -> Result<()> {
+        let mut flows = conntrack(&scenario)?;
+        // The backend speaks, and the client's half is gone.
+        let mut ticks = TcpStream::connect(at(WEB, 9))?;
+        ticks.set_read_timeout(Some(Duration::from_secs(10)))?;
+        for tick in 0..3 {
+            std::thread::sleep(IDLE);
+            ensure!(evict(&mut flows, false)? == 1, "tick {tick}: no client's half to lose");
+            ticks.read_exact(&mut [0]).with_context(|| format!("tick {tick}"))?;
+        }
+        // The client speaks, and the backend's half is gone.
+        let mut conversation = Conversation::open(at(WEB, 7))?;
+        for words in [&b"one"[..], b"two"] {
+            std::thread::sleep(IDLE);
+            ensure!(evict(&mut flows, true)? >= 1, "no backend's half to lose");
+            conversation.say(words)?;
+        }
+        Ok(())
+    })?;
+    ticker.join().map_err(|_| anyhow::anyhow!("the ticker panicked"))?.context("the backend's connection")
+}
+
+/// A raw socket that sends whole IPv4 packets.
+fn raw_socket() -> io::Result<OwnedFd> {
+    // SAFETY: socket takes no pointers; the new descriptor is owned here and nowhere else.
+    unsafe {
+        match libc::socket(libc::AF_INET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::IPPROTO_RAW) {
+            -1 => Err(io::Error::last_os_error()),
+            descriptor => Ok(OwnedFd::from_raw_fd(descriptor)),
+        }
+    }
+}
+
+fn send_raw(socket: &OwnedFd, frame: &[u8], to: Ipv4Addr) -> io::Result<()> {
+    let packet = &frame[14..];
+    // SAFETY: all-zero bytes are a valid sockaddr_in.
+    let mut address: libc::sockaddr_in = unsafe { std::mem::zeroed() };
+    address.sin_family = libc::AF_INET as libc::sa_family_t;
+    address.sin_addr.s_addr = u32::from(to).to_be();
+    // SAFETY: packet and address are as long as is said, and outlive the call.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            packet.as_ptr().cast(),
+            packet.len(),
+            0,
+            (&raw const address).cast(),
+            size_of::<libc::sockaddr_in>() as libc::socklen_t,
+        )
+    };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// A SYN flood would push out the connections of everybody else.
+#[test]
+fn a_flood_of_syns_pushes_out_other_syns_only() -> Result<()> {
+    let sizes = ["--max-half-open", "2048", "--max-conntrack", "2048"];
+    let scenario = Scenario::start(Shape { pod_counts: [3, 1], ..Shape::default() }, &sizes)?;
+    scenario.publish(&web(), [scenario.pod(1, 2)])?;
+    let client = &scenario.pod(1, 1).namespace;
+    let mut conversations: Vec<Conversation> =
+        client.run(|| (0..20).map(|_| Conversation::open(at(WEB, 7))).collect::<Result<_>>())?;
+    scenario.pod(1, 3).namespace.run(|| -> Result<()> {
+        let socket = raw_socket()?;
+        for n in 0..30_000_u32 {
+            let [_, _, high, low] = n.to_be_bytes();
+            let source = format!("10.66.{high}.{low}:{}", 1_024 + n % 60_000);
+            // A full device queue loses some of a flood; that is no failure.
+            let _ = send_raw(&socket, &Packet::tcp(&source, "10.96.0.10:7", SYN).build(), WEB);
+        }
+        Ok(())
+    })?;
+    let half_open: Value = serde_json::from_str(&scenario.agent.view("conntrack", &["-o", "json"])?)?;
+    let spoofed = half_open.as_array().into_iter().flatten().filter(|row| row.to_string().contains("10.66.")).count();
+    ensure!(spoofed > 100, "the flood did not arrive: {spoofed} of its flows are there");
+    for conversation in &mut conversations {
+        conversation.say(b"still here")?;
+    }
+    client.run(|| Conversation::open(at(WEB, 7))?.say(b"new ones, too"))
+}
+
+/// Connections that the service port behind a ClusterIP frontend has had.
+fn connections(scenario: &Scenario, port: u16) -> Result<u64> {
+    let services: Value = serde_json::from_str(&scenario.agent.view("services", &["-o", "json", "--counters"])?)?;
+    let mut rows = services.as_array().into_iter().flatten();
+    let row = rows.find(|row| row["address"] == WEB.to_string() && row["port"] == port);
+    let row = row.with_context(|| format!("port {port} is not in {services:#}"))?;
+    row["counters"]["connections"].as_u64().with_context(|| format!("no counters in {row:#}"))
+}
+
+/// Dead UDP clients would fill the table, and their ports could never be used for something else.
+#[test]
+fn an_idle_flow_is_forgotten_in_its_time_and_an_active_one_is_not() -> Result<()> {
+    let timeouts = ["--timeout-udp-new", "2s", "--timeout-udp-established", "3s"];
+    let scenario = Scenario::start(Shape { pod_counts: [2, 1], ..Shape::default() }, &timeouts)?;
+    scenario.publish(&web(), [scenario.pod(1, 2)])?;
+    scenario.pod(1, 1).namespace.run(|| -> Result<()> {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        socket.connect(at(WEB, 53))?;
+        for _ in 0..4 {
+            client::ask_udp_with(&socket, "active")?;
+            std::thread::sleep(Duration::from_millis(1_500));
+        }
+        ensure!(connections(&scenario, 53)? == 1, "six seconds of traffic were more than one flow");
+        std::thread::sleep(Duration::from_millis(5_000));
+        client::ask_udp_with(&socket, "back again")?;
+        ensure!(connections(&scenario, 53)? == 2, "after five idle seconds it was still the old flow");
+        Ok(())
+    })
+}
+
+/// Asks a remote backend with a TTL; the error, if a router says that it ran out.
+fn ask_with_ttl(target: SocketAddr, ttl: u32) -> Result<Option<io::Error>> {
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    let on: libc::c_int = 1;
+    // SAFETY: the option is as long as is said and outlives the call.
+    let set = unsafe {
+        let option = (&raw const on).cast();
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_IP, libc::IP_RECVERR, option, size_of_val(&on) as u32)
+    };
+    ensure!(set == 0, "IP_RECVERR: {}", io::Error::last_os_error());
+    socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+    socket.connect(target)?;
+    socket.set_ttl(ttl)?;
+    socket.send(b"how far")?;
+    match socket.recv(&mut [0; 100]) {
+        Ok(_) => Ok(None),
+        Err(error) => Ok(Some(error)),
+    }
+}
+
+/// A routing loop would go on for ever, and traceroute would not show this node.
+#[test]
+fn a_redirected_packet_is_a_hop_older_and_dies_of_age() -> Result<()> {
+    for xdp in [false, true] {
+        let shape = Shape { pods: PodNetwork::Routed, pod_counts: [1, 1], xdp, ..Shape::default() };
+        let scenario = Scenario::start(shape, &["--xdp", if xdp { "native" } else { "off" }])?;
+        scenario.publish(&web(), [scenario.pod(2, 1)])?;
+        scenario.cluster.client.run(|| -> Result<()> {
+            // Both neighbours are known from here on, so XDP does what it can.
+            ensure!(ask_with_ttl(at(NODE, 30_053), 64)?.is_none());
+            // 1 dies at this node, 2 at the other one, which forwards it to its pod.
+            for ttl in [1, 2] {
+                let error = ask_with_ttl(at(NODE, 30_053), ttl)?.with_context(|| format!("TTL {ttl} was enough"))?;
+                ensure!(error.raw_os_error() == Some(libc::EHOSTUNREACH), "TTL {ttl}, XDP {xdp}: {error}");
+            }
+            ensure!(ask_with_ttl(at(NODE, 30_053), 3)?.is_none(), "TTL 3 was not enough, XDP {xdp}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
