@@ -5,7 +5,7 @@ use std::io::{self, BufRead as _, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket};
 use std::os::fd::{FromRawFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
@@ -361,14 +361,26 @@ pub fn udp_without_checksum() -> Result<UdpSocket> {
     Ok(socket)
 }
 
-/// Connects from a given source address and port; the time limit is for connecting and for each read.
+/// Connects from a given source address and port; the time limit is for connecting and for each read. While the last
+/// connection between the two is not over on this side, the kernel refuses the address, and it is tried again.
 fn connect_from(source: SocketAddrV4, target: SocketAddrV4) -> Result<TcpStream> {
+    let started = Instant::now();
+    loop {
+        match try_connect_from(source, target) {
+            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable && started.elapsed() < LIMIT => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            outcome => return outcome.with_context(|| format!("connecting {source} to {target}")),
+        }
+    }
+}
+
+fn try_connect_from(source: SocketAddrV4, target: SocketAddrV4) -> io::Result<TcpStream> {
     use std::os::fd::AsRawFd as _;
+    let checked = |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) };
     // SAFETY: socket takes no pointers, and the new descriptor is owned here and nowhere else.
     let socket = unsafe {
-        let descriptor = libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
-        ensure!(descriptor >= 0, "socket: {}", io::Error::last_os_error());
-        OwnedFd::from_raw_fd(descriptor)
+        OwnedFd::from_raw_fd(checked(libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0))?)
     };
     let connection = TcpStream::from(socket);
     connection.set_write_timeout(Some(LIMIT))?;
@@ -379,11 +391,9 @@ fn connect_from(source: SocketAddrV4, target: SocketAddrV4) -> Result<TcpStream>
     unsafe {
         let descriptor = connection.as_raw_fd();
         let reuse = (&raw const one).cast();
-        libc::setsockopt(descriptor, libc::SOL_SOCKET, libc::SO_REUSEADDR, reuse, size_of_val(&one) as u32);
-        let bound = libc::bind(descriptor, (&raw const own).cast(), size_of_val(&own) as u32);
-        ensure!(bound == 0, "binding {source}: {}", io::Error::last_os_error());
-        let connected = libc::connect(descriptor, (&raw const other).cast(), size_of_val(&other) as u32);
-        ensure!(connected == 0, "connecting {source} to {target}: {}", io::Error::last_os_error());
+        checked(libc::setsockopt(descriptor, libc::SOL_SOCKET, libc::SO_REUSEADDR, reuse, size_of_val(&one) as u32))?;
+        checked(libc::bind(descriptor, (&raw const own).cast(), size_of_val(&own) as u32))?;
+        checked(libc::connect(descriptor, (&raw const other).cast(), size_of_val(&other) as u32))?;
     }
     Ok(connection)
 }
