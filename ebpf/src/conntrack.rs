@@ -6,6 +6,7 @@ use sheave_common::config::Config;
 use sheave_common::flow::{Flow, FlowKey, closing, flags, state};
 use sheave_common::{PROTOCOL_TCP, PROTOCOL_UDP};
 
+use crate::edge::Direction;
 use crate::maps::{self, ANY, Family, NOEXIST, Table};
 use crate::packet::Packet;
 use crate::packet::transport::flags as tcp;
@@ -36,19 +37,20 @@ pub fn closed<A>(flow: &Flow<A>) -> bool {
 }
 
 /// Finds the flow of a packet and keeps its state up to date. `None` is a miss, which includes flows that no longer count:
-/// expired ones, a SYN's flow that is closing or has lost its backend, and a UDP flow that has lost its backend.
+/// expired ones, a SYN's flow that is closing or has lost its backend, and a UDP flow that has lost its backend; and flows
+/// whose packets travel the other way, which a sender on the wrong side must not change.
 ///
 /// The flow is a copy: the element may be evicted and reused at any time.
 #[inline(always)]
-pub fn find<A: Family>(packet: &Packet<A>, now: u32) -> Option<Flow<A>> {
+pub fn find<A: Family>(packet: &Packet<A>, direction: Direction, now: u32) -> Option<Flow<A>> {
     let mut flow = MaybeUninit::uninit();
     // SAFETY: `find_into` fills it whenever it says so.
-    find_into(packet, now, &mut flow).then(|| unsafe { flow.assume_init() })
+    find_into(packet, direction, now, &mut flow).then(|| unsafe { flow.assume_init() })
 }
 
 /// A function of its own in the kernel too: what it needs of the stack is free again when the packet is translated.
 #[inline(never)]
-fn find_into<A: Family>(packet: &Packet<A>, now: u32, result: &mut MaybeUninit<Flow<A>>) -> bool {
+fn find_into<A: Family>(packet: &Packet<A>, direction: Direction, now: u32, result: &mut MaybeUninit<Flow<A>>) -> bool {
     let Some(config) = maps::config() else { return false };
     let key = &packet.key;
     let (element, table) = match A::flow(Table::Established, key) {
@@ -61,7 +63,7 @@ fn find_into<A: Family>(packet: &Packet<A>, now: u32, result: &mut MaybeUninit<F
     };
     // SAFETY: a map value stays readable while the program runs.
     let flow = unsafe { maps::copy(element) };
-    if !counts(&flow, packet, now, config) {
+    if !direction.applies(flow.flags) || !counts(&flow, packet, now, config) {
         return false;
     }
     keep(element, &flow, packet, now, table);
@@ -103,7 +105,10 @@ fn keep<A: Family>(element: *mut Flow<A>, flow: &Flow<A>, packet: &Packet<A>, no
         if table == Table::HalfOpen {
             if reply && packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK && state == state::NEW {
                 state = state::ANSWERED;
-            } else if !reply && packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::ACK && state == state::ANSWERED {
+            } else if !reply
+                && packet.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::ACK
+                && state == state::ANSWERED
+            {
                 state = state::ESTABLISHED;
             }
         }
@@ -113,15 +118,29 @@ fn keep<A: Family>(element: *mut Flow<A>, flow: &Flow<A>, packet: &Packet<A>, no
         changed.state = state;
         changed.closing = closing;
         changed.last_seen = now;
-        change(element, &changed, &packet.key, table);
+        change(element, &mut changed, &packet.key, table);
     }
 }
 
 /// Writes a change to both halves, recreates a half that was evicted, and moves a flow whose handshake is complete to
 /// the established map.
+///
+/// The two directions of a connection are often two CPUs' work, so either half may know what the other does not yet:
+/// `state` only rises and bits of `closing` are only set, and here both halves come to know what one of them does.
 #[inline(never)]
-fn change<A: Family>(element: *mut Flow<A>, flow: &Flow<A>, key: &FlowKey<A>, table: Table) {
+fn change<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, key: &FlowKey<A>, table: Table) {
     let sibling_key = flow.sibling_key(key);
+    let mirror = A::flow(table, &sibling_key);
+    // Only a true mirror is touched: after a port was reused the other half may belong to another flow.
+    // SAFETY: a map value stays readable memory while the program runs.
+    let names_this =
+        mirror.is_some_and(|other| unsafe { (&raw const (*other).rewrite).read_volatile() }.reversed() == key.tuple);
+    if let Some(other) = mirror
+        && names_this
+    {
+        // SAFETY: as above.
+        unsafe { unite(flow, other) };
+    }
     let sibling = flow.sibling(key);
     if table == Table::HalfOpen && flow.state == state::ESTABLISHED {
         // The established map first: a packet that comes between the two steps finds one or the other.
@@ -133,19 +152,14 @@ fn change<A: Family>(element: *mut Flow<A>, flow: &Flow<A>, key: &FlowKey<A>, ta
             return;
         }
     }
-    // SAFETY: a map value stays writable memory while the program runs; each field is a whole word or byte.
+    // SAFETY: a map value stays writable memory while the program runs.
     unsafe { write(element, flow) };
-    match A::flow(table, &sibling_key) {
-        Some(other) => {
-            // SAFETY: as above.
-            unsafe {
-                // Only a true mirror is touched: after a port was reused the other half may belong to another flow.
-                let names_this = (*other).sibling_key(&sibling_key).tuple == key.tuple;
-                if names_this {
-                    write(other, flow);
-                }
-            }
-        }
+    match mirror {
+        // SAFETY: as above.
+        Some(other) if names_this => unsafe { write(other, flow) },
+        Some(_) => {}
+        // The client's port already carries a new connection, which a half of this one would hide.
+        None if table == Table::Established && A::flow(Table::HalfOpen, &sibling_key).is_some() => {}
         None => {
             // The half was evicted. Losing this race, or having no room, only means that the next second tries again.
             let _ = A::insert_flow(table, &sibling_key, &sibling, NOEXIST);
@@ -153,18 +167,37 @@ fn change<A: Family>(element: *mut Flow<A>, flow: &Flow<A>, key: &FlowKey<A>, ta
     }
 }
 
-/// Writes the fields that change in a flow's life.
+/// Adds to a flow what its element knows by now.
 ///
 /// # Safety
 ///
 /// `element` is a map value of this program run.
 #[inline(always)]
-unsafe fn write<A>(element: *mut Flow<A>, flow: &Flow<A>) {
-    // SAFETY: by the caller's promise the pointer is a map value.
+unsafe fn unite<A>(flow: &mut Flow<A>, element: *const Flow<A>) {
+    // SAFETY: by the caller's promise the pointer is a map value; each field is a whole byte.
+    unsafe {
+        flow.state = flow.state.max((&raw const (*element).state).read_volatile());
+        flow.closing |= (&raw const (*element).closing).read_volatile();
+    }
+}
+
+/// Writes the fields that change in a flow's life, without taking back what another CPU has written meanwhile.
+///
+/// # Safety
+///
+/// `element` is a map value of this program run.
+#[inline(always)]
+unsafe fn write<A: Copy>(element: *mut Flow<A>, flow: &Flow<A>) {
+    // SAFETY: by the caller's promise the pointer is a map value; each field is a whole word or byte.
     unsafe {
         (&raw mut (*element).last_seen).write_volatile(flow.last_seen);
-        (&raw mut (*element).state).write_volatile(flow.state);
-        (&raw mut (*element).closing).write_volatile(flow.closing);
+        if (&raw const (*element).state).read_volatile() < flow.state {
+            (&raw mut (*element).state).write_volatile(flow.state);
+        }
+        let closing = (&raw const (*element).closing).read_volatile();
+        if closing | flow.closing != closing {
+            (&raw mut (*element).closing).write_volatile(closing | flow.closing);
+        }
     }
 }
 

@@ -71,7 +71,7 @@ fn enter<C: Context>(ctx: &C, network: u32, origin: Origin, packet: &mut Packet<
         Kind::Other => return unsupported(packet, DropReason::UnsupportedProtocol),
     }
     let now = features::now();
-    let flow = match conntrack::find(packet, now) {
+    let flow = match conntrack::find(packet, Direction::Ingress, now) {
         Some(flow) => flow,
         None => {
             let mut flow = MaybeUninit::uninit();
@@ -82,7 +82,7 @@ fn enter<C: Context>(ctx: &C, network: u32, origin: Origin, packet: &mut Packet<
             }
         }
     };
-    if Direction::Ingress.applies(flow.flags) { apply(ctx, packet, &flow) } else { Verdict::Pass }
+    apply(ctx, packet, &flow)
 }
 
 /// A packet that leaves to a pod, or by an uplink or tunnel. Frontends are never looked at, flows never made.
@@ -101,10 +101,7 @@ fn leave<C: Context>(ctx: &C, network: u32, origin: Origin, packet: &mut Packet<
         Kind::IcmpError => return icmp::error(ctx, packet, Direction::Egress).unwrap_or(Verdict::Pass),
         _ => return Verdict::Pass,
     }
-    match conntrack::find(packet, features::now()) {
-        Some(flow) if Direction::Egress.applies(flow.flags) => apply(ctx, packet, &flow),
-        _ => Verdict::Pass,
-    }
+    conntrack::find(packet, Direction::Egress, features::now()).map_or(Verdict::Pass, |flow| apply(ctx, packet, &flow))
 }
 
 /// Translates a packet of a known flow and sends it on its way.

@@ -84,6 +84,11 @@ impl Programs {
 
     /// Loads the object; `adjust` changes the configuration.
     pub fn load_with(adjust: impl FnOnce(&mut Config)) -> Result<Self> {
+        Self::load_sized(&[], adjust)
+    }
+
+    /// The same with other sizes for some maps.
+    pub fn load_sized(sizes: &[(&'static str, u32)], adjust: impl FnOnce(&mut Config)) -> Result<Self> {
         let mut loader = EbpfLoader::new();
         for (map, size) in [
             (names::CONNTRACK4, 65_536),
@@ -96,6 +101,9 @@ impl Programs {
             (names::AFFINITY6, 1_024),
         ] {
             loader.map_max_entries(map, size);
+        }
+        for (map, size) in sizes {
+            loader.map_max_entries(map, *size);
         }
         // Every feature that this repository's kernels have; the loader of `sheave run` finds them out.
         let all = features::FIB_SOURCE | features::SET_RETVAL | features::COARSE_CLOCK;

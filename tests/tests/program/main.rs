@@ -5,6 +5,7 @@
 mod clusterip;
 mod collisions;
 mod icmp;
+mod lifetimes;
 mod nodeport;
 mod refusals;
 mod versions;

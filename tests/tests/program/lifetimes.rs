@@ -1,0 +1,154 @@
+//! What a flow lives through: both directions on different CPUs, ports used again, floods.
+
+use sheave_common::backend::Backend;
+use sheave_common::flow::{Flow, FlowKey, closing, flags, state};
+use sheave_common::{Ipv4Address, PROTOCOL_TCP, names};
+use sheave_tests::packet::{ACK, FIN, PSH, Packet, RST, SYN, View};
+use sheave_tests::program::{NEXT, Programs};
+
+use crate::{cluster_ip, pod, two_services};
+
+const CLIENT: &str = "10.1.0.1:40000";
+const VIP: &str = "10.96.0.10:80";
+const BACKEND: &str = "10.1.0.2:8080";
+
+/// Completes a handshake from [`CLIENT`] to [`VIP`].
+fn handshake(programs: &mut Programs) {
+    for (program, packet) in [
+        ("pod_ingress", Packet::tcp(CLIENT, VIP, SYN)),
+        ("pod_egress", Packet::tcp(BACKEND, CLIENT, SYN | ACK)),
+        ("pod_ingress", Packet::tcp(CLIENT, VIP, ACK)),
+    ] {
+        assert_eq!(pod(programs, program, &packet.build()).action, NEXT);
+    }
+}
+
+/// Rewrites every flow of a map.
+fn edit(programs: &mut Programs, map: &str, change: impl Fn(&mut Flow<Ipv4Address>)) {
+    for (key, mut flow) in programs.flows(map).unwrap() {
+        change(&mut flow);
+        programs.hash::<FlowKey<Ipv4Address>, Flow<Ipv4Address>>(map).unwrap().insert(key, flow, 0).unwrap();
+    }
+}
+
+/// Replaces the TCP service's only backend, as if its pod had been replaced.
+fn replace_backend(programs: &mut Programs, endpoint: &str) {
+    let old: Vec<u32> = programs.flows(names::CONNTRACK4).unwrap().values().map(|flow| flow.backend_id).collect();
+    programs.service(&cluster_ip(1, PROTOCOL_TCP, VIP, &[endpoint])).unwrap();
+    programs.hash::<u32, Backend<Ipv4Address>>(names::BACKENDS4).unwrap().remove(&old[0]).unwrap();
+}
+
+/// A client that uses a port again would have its new connection sent to the old one's backend, and reset.
+#[test]
+fn a_late_packet_of_an_old_connection_does_not_take_over_the_new_one() {
+    for late in [PSH | ACK, FIN | ACK] {
+        let mut programs = two_services();
+        handshake(&mut programs);
+        pod(&mut programs, "pod_ingress", &Packet::tcp(CLIENT, VIP, RST).build());
+        replace_backend(&mut programs, "10.1.0.3:8080");
+        let new = pod(&mut programs, "pod_ingress", &Packet::tcp(CLIENT, VIP, SYN).build());
+        assert_eq!(View(&new.packet).tuple(), format!("{CLIENT} → 10.1.0.3:8080"));
+        edit(&mut programs, names::CONNTRACK4, |flow| flow.last_seen -= 2);
+        pod(&mut programs, "pod_egress", &Packet::tcp(BACKEND, CLIENT, late).build());
+        pod(&mut programs, "pod_egress", &Packet::tcp("10.1.0.3:8080", CLIENT, SYN | ACK).build());
+        let ack = pod(&mut programs, "pod_ingress", &Packet::tcp(CLIENT, VIP, ACK).build());
+        assert_eq!(View(&ack.packet).tuple(), format!("{CLIENT} → 10.1.0.3:8080"));
+        let data = pod(&mut programs, "pod_ingress", &Packet::tcp(CLIENT, VIP, PSH | ACK).build());
+        assert_eq!(View(&data.packet).tuple(), format!("{CLIENT} → 10.1.0.3:8080"));
+    }
+}
+
+/// A connection whose SYN was repeated just when the SYN-ACK came would be reset after a minute of silence.
+#[test]
+fn a_syn_repeated_while_it_is_answered_does_not_keep_the_flow_half_open() {
+    let mut programs = two_services();
+    pod(&mut programs, "pod_ingress", &Packet::tcp(CLIENT, VIP, SYN).build());
+    // What two CPUs leave: one half knows of the SYN-ACK, the other was written by the repeated SYN.
+    edit(&mut programs, names::HALF_OPEN4, |flow| {
+        flow.last_seen -= 2;
+        if flow.flags & flags::REPLY != 0 {
+            flow.state = state::ANSWERED;
+        }
+    });
+    pod(&mut programs, "pod_ingress", &Packet::tcp(CLIENT, VIP, SYN).build());
+    pod(&mut programs, "pod_ingress", &Packet::tcp(CLIENT, VIP, ACK).build());
+    assert_eq!(programs.flows(names::CONNTRACK4).unwrap().len(), 2);
+}
+
+/// A connection that both sides close at once would count as open on one side, and keep its port.
+#[test]
+fn both_fins_are_remembered_when_they_cross() {
+    let mut programs = two_services();
+    handshake(&mut programs);
+    edit(&mut programs, names::CONNTRACK4, |flow| {
+        if flow.flags & flags::REPLY == 0 {
+            flow.closing = closing::CLIENT_FIN;
+        }
+    });
+    pod(&mut programs, "pod_egress", &Packet::tcp(BACKEND, CLIENT, FIN | ACK).build());
+    for flow in programs.flows(names::CONNTRACK4).unwrap().values() {
+        assert_eq!(flow.closing, closing::CLIENT_FIN | closing::BACKEND_FIN);
+    }
+    // Nor does an ordinary packet of the other direction make the connection open again.
+    edit(&mut programs, names::CONNTRACK4, |flow| {
+        flow.last_seen -= 2;
+        flow.closing = if flow.flags & flags::REPLY == 0 { closing::RESET } else { 0 };
+    });
+    pod(&mut programs, "pod_egress", &Packet::tcp(BACKEND, CLIENT, ACK).build());
+    for flow in programs.flows(names::CONNTRACK4).unwrap().values() {
+        assert_eq!(flow.closing, closing::RESET);
+    }
+}
+
+/// A port scan would fill the map of established connections.
+#[test]
+fn a_reset_does_not_complete_a_handshake() {
+    let mut programs = two_services();
+    pod(&mut programs, "pod_ingress", &Packet::tcp(CLIENT, VIP, SYN).build());
+    pod(&mut programs, "pod_egress", &Packet::tcp(BACKEND, CLIENT, SYN | ACK).build());
+    pod(&mut programs, "pod_ingress", &Packet::tcp(CLIENT, VIP, RST | ACK).build());
+    assert_eq!(programs.flows(names::CONNTRACK4).unwrap().len(), 0);
+    assert!(programs.flows(names::HALF_OPEN4).unwrap().values().all(|flow| flow.closing == closing::RESET));
+}
+
+/// A sender at the wrong side of the node would close other people's connections.
+#[test]
+fn a_packet_that_travels_the_other_way_changes_no_flow() {
+    let mut programs = two_services();
+    handshake(&mut programs);
+    let before = programs.flows(names::CONNTRACK4).unwrap();
+    for (program, packet) in [
+        ("pod_ingress", Packet::tcp(BACKEND, CLIENT, RST)),
+        ("pod_egress", Packet::tcp(CLIENT, VIP, RST)),
+        ("pod_egress", Packet::tcp(CLIENT, VIP, FIN | ACK)),
+    ] {
+        let packet = packet.build();
+        let out = pod(&mut programs, program, &packet);
+        assert_eq!((out.action, out.packet), (NEXT, packet.to_vec()));
+    }
+    for (key, flow) in programs.flows(names::CONNTRACK4).unwrap() {
+        assert_eq!((flow.state, flow.closing), (before[&key].state, before[&key].closing));
+    }
+}
+
+/// A flood of SYNs, some of them answered, would break the connections that are open.
+#[test]
+fn a_syn_flood_evicts_no_established_flow() {
+    let sizes = [(names::HALF_OPEN4, 8_192), (names::CONNTRACK4, 4_096)];
+    let mut programs = Programs::load_sized(&sizes, |_| {}).unwrap();
+    programs.service(&cluster_ip(1, PROTOCOL_TCP, VIP, &[BACKEND])).unwrap();
+    handshake(&mut programs);
+    for n in 0..300_000_u32 {
+        let from = format!("10.{}.{}.{}:{}", 100 + (n >> 16), n >> 8 & 0xff, n & 0xff, 1_024 + n % 60_000);
+        pod(&mut programs, "pod_ingress", &Packet::tcp(&from, VIP, SYN).build());
+        if n % 8 == 0 {
+            pod(&mut programs, "pod_egress", &Packet::tcp(BACKEND, &from, SYN | ACK).build());
+        }
+    }
+    assert_eq!(programs.flows(names::CONNTRACK4).unwrap().len(), 2);
+    assert!(programs.flows(names::HALF_OPEN4).unwrap().len() <= 8_192);
+    let there = pod(&mut programs, "pod_ingress", &Packet::tcp(CLIENT, VIP, PSH | ACK).payload(b"x").build());
+    assert_eq!(View(&there.packet).tuple(), format!("{CLIENT} → {BACKEND}"));
+    let back = pod(&mut programs, "pod_egress", &Packet::tcp(BACKEND, CLIENT, PSH | ACK).payload(b"y").build());
+    assert_eq!(View(&back.packet).tuple(), format!("{VIP} → {CLIENT}"));
+}
