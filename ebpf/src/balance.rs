@@ -7,7 +7,7 @@ use sheave_common::backend::{self, Backend};
 use sheave_common::frontend::{BackendSet, Frontend, FrontendKey, flags};
 
 use crate::maps::{self, BACKEND_TABLE, Family};
-use crate::versioned;
+use crate::{features, versioned};
 
 /// How often a choice starts again when the set changed under it.
 const ATTEMPTS: u32 = 3;
@@ -98,7 +98,7 @@ fn remembered<A: Family>(frontend: &Frontend, client: A, local: bool, now: u32) 
     let key = AffinityKey { service_id: frontend.service_id, client };
     // SAFETY: a map value stays readable while the program runs; what is read is checked below.
     let affinity = unsafe { maps::copy(A::affinity(&key)?) };
-    if now.wrapping_sub(affinity.last_new_connection) >= frontend.affinity_seconds {
+    if features::elapsed(affinity.last_new_connection, now) >= frontend.affinity_seconds {
         return None;
     }
     let backend = versioned::backend::<A>(affinity.backend_id).ok()??;

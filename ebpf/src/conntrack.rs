@@ -7,6 +7,7 @@ use sheave_common::flow::{Flow, FlowKey, closing, flags, state};
 use sheave_common::{PROTOCOL_TCP, PROTOCOL_UDP};
 
 use crate::edge::Direction;
+use crate::features;
 use crate::maps::{self, ANY, Family, NOEXIST, Table};
 use crate::packet::Packet;
 use crate::packet::transport::flags as tcp;
@@ -26,7 +27,7 @@ pub fn expired<A>(flow: &Flow<A>, protocol: u8, now: u32, config: &Config) -> bo
     } else {
         timeouts.syn
     };
-    now.wrapping_sub(flow.last_seen) > timeout
+    features::elapsed(flow.last_seen, now) > timeout
 }
 
 /// Whether a flow's connection is over: reset, or closed by both sides.

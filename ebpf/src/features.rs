@@ -25,3 +25,11 @@ pub fn now() -> u32 {
     };
     (nanoseconds / 1_000_000_000) as u32
 }
+
+/// Seconds from `then` until `now`. Another CPU may have read the clock a moment after this one, so a `then` that is later
+/// than `now` counts as no time at all.
+#[inline(always)]
+pub fn elapsed(then: u32, now: u32) -> u32 {
+    let seconds = now.wrapping_sub(then);
+    if seconds > u32::MAX / 2 { 0 } else { seconds }
+}

@@ -1,5 +1,6 @@
 //! What a flow lives through: both directions on different CPUs, ports used again, floods.
 
+use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::backend::Backend;
 use sheave_common::flow::{Flow, FlowKey, closing, flags, state};
 use sheave_common::{Ipv4Address, PROTOCOL_TCP, names};
@@ -36,6 +37,39 @@ fn replace_backend(programs: &mut Programs, endpoint: &str) {
     let old: Vec<u32> = programs.flows(names::CONNTRACK4).unwrap().values().map(|flow| flow.backend_id).collect();
     programs.service(&cluster_ip(1, PROTOCOL_TCP, VIP, &[endpoint])).unwrap();
     programs.hash::<u32, Backend<Ipv4Address>>(names::BACKENDS4).unwrap().remove(&old[0]).unwrap();
+}
+
+/// Now and then a busy connection would be reset when a second begins.
+#[test]
+fn a_flow_that_another_cpu_saw_a_moment_later_is_not_expired() {
+    let mut programs = two_services();
+    handshake(&mut programs);
+    // The other CPU read the clock after the second began, this one before.
+    edit(&mut programs, names::CONNTRACK4, |flow| flow.last_seen += 2);
+    let data = pod(&mut programs, "pod_ingress", &Packet::tcp(CLIENT, VIP, PSH | ACK).payload(b"x").build());
+    assert_eq!(data.action, NEXT);
+    assert_eq!(View(&data.packet).tuple(), format!("{CLIENT} → {BACKEND}"));
+}
+
+/// Now and then a client with affinity would change its backend when a second begins.
+#[test]
+fn affinity_that_another_cpu_renewed_a_moment_later_is_not_expired() {
+    let mut programs = Programs::load().unwrap();
+    let endpoints: Vec<String> = (2..=250).map(|n| format!("10.1.0.{n}:80")).collect();
+    let mut service = cluster_ip(1, PROTOCOL_TCP, VIP, &endpoints.iter().map(String::as_str).collect::<Vec<_>>());
+    service.affinity = 10_800;
+    programs.service(&service).unwrap();
+    let mut backends = std::collections::HashSet::new();
+    for port in 0..3 {
+        let from = format!("10.2.0.1:{}", 40_000 + port);
+        let there = pod(&mut programs, "pod_ingress", &Packet::tcp(&from, VIP, SYN).build());
+        backends.insert(View(&there.packet).destination());
+        let mut map = programs.hash::<AffinityKey<Ipv4Address>, Affinity>(names::AFFINITY4).unwrap();
+        let (key, mut affinity) = map.iter().next().unwrap().unwrap();
+        affinity.last_new_connection += 2;
+        map.insert(key, affinity, 0).unwrap();
+    }
+    assert_eq!(backends.len(), 1);
 }
 
 /// A client that uses a port again would have its new connection sent to the old one's backend, and reset.
