@@ -35,12 +35,13 @@ fn dead_entries(folder: &Path) -> Vec<std::path::PathBuf> {
     let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
     entries
         .filter_map(Result::ok)
-        .filter(|entry| {
-            let name = entry.file_name();
-            let maker =
-                name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split('-').next()?.parse::<u32>().ok());
-            maker.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists())
-        })
+        .filter(|entry| entry.file_name().to_str().is_some_and(is_of_the_dead))
         .map(|entry| entry.path())
         .collect()
+}
+
+/// Whether a name is one of [`unique_name`]'s (or begins with one), and its maker has ended.
+pub(crate) fn is_of_the_dead(name: &str) -> bool {
+    let maker = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next()?.parse::<u32>().ok());
+    maker.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists())
 }

@@ -6,8 +6,10 @@
 //! run removes it ([`leftovers`]); namespaces and child processes end with the process that made them.
 
 pub mod agent;
+pub mod api_server;
 pub mod cgroup;
 pub mod client;
+pub mod forward;
 pub mod kube_api;
 pub mod kubectl;
 pub mod leftovers;

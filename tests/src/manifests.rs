@@ -78,6 +78,18 @@ impl Service {
         self.cluster_ip
     }
 
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The nodePort of each of its ports, where one is asked for.
+    #[must_use]
+    pub fn node_ports(&self) -> Vec<Option<u16>> {
+        self.ports.iter().map(|port| port.node_port).collect()
+    }
+
     /// `default/name`, as Sheave writes it.
     #[must_use]
     pub fn id(&self) -> String {
@@ -143,7 +155,7 @@ impl Service {
         text
     }
 
-    fn service_yaml(&self) -> String {
+    pub(crate) fn service_yaml(&self) -> String {
         let (name, address) = (&self.name, self.cluster_ip);
         let kind = if self.node_ports { "NodePort" } else { "ClusterIP" };
         let mut text = format!(
@@ -174,7 +186,7 @@ impl Service {
         text
     }
 
-    fn slice_yaml(&self, endpoints: &[Endpoint]) -> String {
+    pub(crate) fn slice_yaml(&self, endpoints: &[Endpoint]) -> String {
         let name = &self.name;
         let mut text = format!(
             "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: {name}-1\n  namespace: default\n  \
