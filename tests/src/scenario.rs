@@ -1,13 +1,19 @@
 //! A cluster with servers in every pod and Sheave on node 1: where most end-to-end tests begin.
+//!
+//! Services are published in a folder of manifests, or through the API server of `SHEAVE_TEST_KUBECONFIG` if that is set.
+//! An API server gives out cluster IPs and node ports of its own, so who asks a Service asks [`Scenario::at`] where it is.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use crate::agent::Agent;
+use crate::api_server::{ApiServer, Given};
 use crate::client;
 use crate::manifests::{Endpoint, Manifests, Service};
 use crate::netns::Namespace;
@@ -18,15 +24,22 @@ use crate::topology::{Cluster, Node, Pod, Shape};
 /// How long backends change under traffic.
 const CHANGING: Duration = Duration::from_secs(10);
 
-/// The running thing. Dropped in this order: servers, Sheave, manifests, namespaces.
+/// Where Services are published.
+#[derive(Debug)]
+enum Source {
+    Folder(Manifests),
+    ApiServer(Box<ApiServer>),
+}
+
+/// The running thing. Dropped in this order: servers, Sheave, what it reads, namespaces.
 #[derive(Debug)]
 pub struct Scenario {
     /// Servers of every pod, node 1 first.
     pub servers: Vec<Server>,
     /// Sheave on node 1.
     pub agent: Agent,
-    /// What it reads.
-    pub manifests: Manifests,
+    source: Source,
+    given: Mutex<Given>,
     /// Where all that runs.
     pub cluster: Cluster,
 }
@@ -37,12 +50,78 @@ impl Scenario {
     /// # Errors
     /// Whatever does not start.
     pub fn start(shape: Shape, arguments: &[&str]) -> Result<Self> {
+        match ApiServer::from_environment()? {
+            Some(server) => Self::start_with(shape, Source::ApiServer(Box::new(server)), arguments),
+            None => Self::start_with_folder(shape, arguments),
+        }
+    }
+
+    /// The same with a folder of manifests in any case, for what only folders do.
+    ///
+    /// # Errors
+    /// Whatever does not start.
+    pub fn start_with_folder(shape: Shape, arguments: &[&str]) -> Result<Self> {
+        Self::start_with(shape, Source::Folder(Manifests::new()?), arguments)
+    }
+
+    /// The same with this kubeconfig's API server in any case.
+    ///
+    /// # Errors
+    /// Whatever does not start.
+    pub fn start_with_kubeconfig(shape: Shape, kubeconfig: &Path, arguments: &[&str]) -> Result<Self> {
+        Self::start_with(shape, Source::ApiServer(Box::new(ApiServer::connect(kubeconfig)?)), arguments)
+    }
+
+    fn start_with(shape: Shape, source: Source, arguments: &[&str]) -> Result<Self> {
         let cluster = Cluster::build(shape)?;
         let pods = cluster.nodes.iter().flat_map(|node| &node.pods);
         let servers = pods.map(|pod| Server::start(&pod.namespace, &pod.name)).collect::<Result<_>>()?;
-        let manifests = Manifests::for_node(&cluster.nodes[0])?;
-        let agent = Agent::start(&cluster.nodes[0], &manifests, arguments)?;
-        Ok(Self { servers, agent, manifests, cluster })
+        let node = &cluster.nodes[0];
+        let agent = match &source {
+            Source::Folder(manifests) => {
+                manifests.node(&node.name, node.address)?;
+                Agent::start(node, manifests, arguments)?
+            }
+            Source::ApiServer(server) => {
+                server.node(node)?;
+                let kubeconfig = server.reach_from(&node.namespace)?;
+                Agent::start_with_kubeconfig(node, &server.node_name(&node.name), &kubeconfig, arguments)?
+            }
+        };
+        Ok(Self { servers, agent, source, given: Mutex::default(), cluster })
+    }
+
+    /// The folder that Sheave reads.
+    ///
+    /// # Panics
+    /// If it reads an API server.
+    #[must_use]
+    pub fn manifests(&self) -> &Manifests {
+        match &self.source {
+            Source::Folder(manifests) => manifests,
+            Source::ApiServer(server) => panic!("no folder here, but {server:?}"),
+        }
+    }
+
+    fn given(&self) -> MutexGuard<'_, Given> {
+        self.given.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The ClusterIP that a Service has got which was published with this one.
+    #[must_use]
+    pub fn cluster_ip(&self, asked: Ipv4Addr) -> Ipv4Addr {
+        self.given().cluster_ips.get(&asked).copied().unwrap_or(asked)
+    }
+
+    /// Where to ask for what was published with this address and port: a ClusterIP's port, or a nodePort of any other
+    /// address. What isn't published is where it is.
+    #[must_use]
+    pub fn at(&self, address: Ipv4Addr, port: u16) -> SocketAddr {
+        let given = self.given();
+        match given.cluster_ips.get(&address) {
+            Some(given) => client::at(*given, port),
+            None => client::at(address, given.node_ports.get(&port).copied().unwrap_or(port)),
+        }
     }
 
     /// The first node.
@@ -66,14 +145,38 @@ impl Scenario {
     /// If the manifests can't be written, or don't reach the maps within seconds.
     pub fn publish<'a>(&self, service: &Service, pods: impl IntoIterator<Item = &'a Pod>) -> Result<()> {
         let endpoints: Vec<Endpoint> = pods.into_iter().map(Endpoint::from).collect();
-        self.manifests.service(service, &endpoints)?;
+        self.update(service, &endpoints)?;
         self.wait_until_published(service, &endpoints.iter().map(|endpoint| endpoint.address).collect::<Vec<_>>())
+    }
+
+    /// Publishes a Service, or what has become of it, without waiting.
+    ///
+    /// # Errors
+    /// If the manifests can't be written, or the API server refuses.
+    pub fn update(&self, service: &Service, endpoints: &[Endpoint]) -> Result<()> {
+        let server = match &self.source {
+            Source::Folder(manifests) => return manifests.service(service, endpoints),
+            Source::ApiServer(server) => server,
+        };
+        let Given { cluster_ips, node_ports } = server.service(service, endpoints)?;
+        for address in cluster_ips.values() {
+            // As to the addresses that tests take themselves.
+            self.cluster.client.ip(&[format!("route replace {address}/32 via {}", self.node().address)])?;
+        }
+        let mut given = self.given();
+        given.cluster_ips.extend(cluster_ips);
+        given.node_ports.extend(node_ports);
+        Ok(())
     }
 
     fn wait_until_published(&self, service: &Service, endpoints: &[Ipv4Addr]) -> Result<()> {
         let mut expected: Vec<String> = endpoints.iter().map(ToString::to_string).collect();
         expected.sort();
-        let named_port = format!("{}:", service.id());
+        let id = match &self.source {
+            Source::Folder(_) => service.id(),
+            Source::ApiServer(server) => server.id(service),
+        };
+        let named_port = format!("{id}:");
         let waited = eventually(Duration::from_secs(10), || {
             let shown = self.agent.services()?;
             let rows = shown.as_array().into_iter().flatten();
@@ -84,9 +187,8 @@ impl Scenario {
                 addresses.sort_unstable();
                 addresses == expected
             };
-            let first =
-                rows.next().with_context(|| format!("{} is not in `sheave services`: {shown:#}", service.id()))?;
-            ensure!(holds(first) && rows.all(holds), "{} should have {expected:?}: {shown:#}", service.id());
+            let first = rows.next().with_context(|| format!("{id} is not in `sheave services`: {shown:#}"))?;
+            ensure!(holds(first) && rows.all(holds), "{id} should have {expected:?}: {shown:#}");
             Ok(())
         });
         waited.with_context(|| format!("log of sheave:\n{}", self.agent.log()))
@@ -119,7 +221,7 @@ impl Scenario {
                 let chosen = round % ((1 << pods.len()) - 1) + 1;
                 let set = pods.iter().enumerate().filter(|(index, _)| chosen >> index & 1 == 1);
                 let endpoints: Vec<Endpoint> = set.map(|(_, pod)| Endpoint::from(*pod)).collect();
-                outcome = self.manifests.service(service, &endpoints);
+                outcome = self.update(service, &endpoints);
                 std::thread::sleep(Duration::from_millis(100));
             }
             stop.store(true, Ordering::Relaxed);

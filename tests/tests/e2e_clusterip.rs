@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use sheave_tests::client::{self, Conversation, at};
+use sheave_tests::client::{self, Conversation};
 use sheave_tests::manifests::Service;
 use sheave_tests::scenario::Scenario;
 use sheave_tests::server;
@@ -34,7 +34,7 @@ fn backends(scenario: &Scenario) -> &[Pod] {
 fn every_connection_is_answered(pods: PodNetwork, remote: bool, nodes: NodeNetwork) -> Result<()> {
     let scenario = four_backends(pods, remote, nodes)?;
     let client = scenario.pod(1, 1);
-    let answers = client::who_many(Some(&client.namespace), at(WEB, 80), MANY, 4);
+    let answers = client::who_many(Some(&client.namespace), scenario.at(WEB, 80), MANY, 4);
     answers.all_answered()?;
     answers.evenly_spread(4, 0.05)?;
     let own = IpAddr::from(client.address);
@@ -79,8 +79,8 @@ fn no_connection_fails_while_the_backends_change_ten_times_a_second() -> Result<
         let scenario = four_backends(pods, remote, NodeNetwork::Plain)?;
         let client = scenario.pod(1, 1);
         let all: Vec<_> = backends(&scenario).iter().collect();
-        let answers =
-            scenario.ask_while_backends_change(&web(), &all, &client.namespace, &|| client::who(at(WEB, 80)))?;
+        let answers = scenario
+            .ask_while_backends_change(&web(), &all, &client.namespace, &|| client::who(scenario.at(WEB, 80)))?;
         answers.all_answered()?;
         ensure!(answers.total() > 1_000, "only {} connections in ten seconds", answers.total());
         ensure!(answers.by_backend.len() == 4, "not every backend had its turn: {:?}", answers.by_backend);
@@ -95,7 +95,7 @@ fn datagrams_go_both_ways() -> Result<()> {
         let scenario = four_backends(pods, remote, NodeNetwork::Plain)?;
         let client = scenario.pod(1, 1);
         for size in [1, 100, 1_400] {
-            let answer = client.namespace.run(|| client::ask_udp(at(WEB, 53), &"x".repeat(size)))?;
+            let answer = client.namespace.run(|| client::ask_udp(scenario.at(WEB, 53), &"x".repeat(size)))?;
             ensure!(answer.seen.ip() == client.address, "the pod saw {}", answer.seen);
         }
     }
@@ -111,10 +111,10 @@ fn a_datagram_without_checksum_arrives_without_checksum() -> Result<()> {
     let sniffer = backend.namespace.run(server::raw_udp)?;
     let (with, without) = client.namespace.run(|| -> Result<_> {
         let without = client::udp_without_checksum()?;
-        without.connect(at(WEB, 53))?;
+        without.connect(scenario.at(WEB, 53))?;
         client::ask_udp_with(&without, "without")?;
         let with = UdpSocket::bind("0.0.0.0:0")?;
-        with.connect(at(WEB, 53))?;
+        with.connect(scenario.at(WEB, 53))?;
         client::ask_udp_with(&with, "with")?;
         Ok((with.local_addr()?.port(), without.local_addr()?.port()))
     })?;
@@ -131,12 +131,14 @@ fn a_pod_reaches_itself_through_its_service() -> Result<()> {
         let scenario = Scenario::start(Shape { pods, pod_counts: [1, 0], ..Shape::default() }, &[])?;
         let pod = scenario.pod(1, 1);
         scenario.publish(&web(), [pod])?;
-        let answers = client::who_many(Some(&pod.namespace), at(WEB, 80), 500, 2);
+        let answers = client::who_many(Some(&pod.namespace), scenario.at(WEB, 80), 500, 2);
         answers.all_answered()?;
         let hairpin: IpAddr = [169, 254, 42, 1].into();
         ensure!(answers.seen.iter().eq([&hairpin]), "{pods:?}: the pod saw {:?}", answers.seen);
-        pod.namespace.run(|| client::ask_udp(at(WEB, 53), "ping"))?;
-        pod.namespace.run(|| Conversation::open(at(WEB, 7))?.transfer(5_000_000)).context("a hairpin transfer")?;
+        pod.namespace.run(|| client::ask_udp(scenario.at(WEB, 53), "ping"))?;
+        pod.namespace
+            .run(|| Conversation::open(scenario.at(WEB, 7))?.transfer(5_000_000))
+            .context("a hairpin transfer")?;
     }
     Ok(())
 }
@@ -150,14 +152,14 @@ fn a_service_without_endpoints_and_an_unknown_port_refuse_at_once() -> Result<()
         let empty = Ipv4Addr::new(10, 96, 0, 11);
         scenario.publish(&Service::new("empty", empty).tcp("http", 80, 1).udp("dns", 53, 1), [])?;
         scenario.publish(&web(), [scenario.pod(1, 2)])?;
-        for target in [at(empty, 80), at(WEB, 81)] {
+        for target in [scenario.at(empty, 80), scenario.at(WEB, 81)] {
             let started = Instant::now();
             let refused = client.namespace.run(|| std::net::TcpStream::connect_timeout(&target, client::LIMIT));
             let error = refused.err().with_context(|| format!("{target} accepted a connection"))?;
             ensure!(error.kind() == std::io::ErrorKind::ConnectionRefused, "{target}: {error}");
             ensure!(started.elapsed() < Duration::from_millis(500), "{target} took {:?}", started.elapsed());
         }
-        let refused = client.namespace.run(|| client::ask_udp(at(empty, 53), "ping"));
+        let refused = client.namespace.run(|| client::ask_udp(scenario.at(empty, 53), "ping"));
         let error = format!("{:#}", refused.err().context("an empty service answered")?);
         ensure!(error.contains("refused"), "UDP: {error}");
     }
@@ -171,7 +173,7 @@ fn clients_with_affinity_stay_with_their_pod() -> Result<()> {
     let service = web().affinity(600);
     scenario.publish(&service, &scenario.node().pods[1..])?;
     let client = scenario.pod(1, 1);
-    let answers = client::who_many(Some(&client.namespace), at(WEB, 80), 200, 2);
+    let answers = client::who_many(Some(&client.namespace), scenario.at(WEB, 80), 200, 2);
     answers.all_answered()?;
     ensure!(answers.by_backend.len() == 1, "one client was sent to {:?}", answers.by_backend);
 
@@ -179,11 +181,11 @@ fn clients_with_affinity_stay_with_their_pod() -> Result<()> {
     let first = answers.by_backend.keys().next().cloned().unwrap_or_default();
     scenario.publish(&service, scenario.node().pods[1..].iter().filter(|pod| pod.name != first))?;
     sheave_tests::process::eventually(Duration::from_secs(5), || {
-        let answer = client.namespace.run(|| client::who(at(WEB, 80)))?;
+        let answer = client.namespace.run(|| client::who(scenario.at(WEB, 80)))?;
         ensure!(answer.backend != first, "the client is still sent to {first}");
         Ok(())
     })?;
-    let answers = client::who_many(Some(&client.namespace), at(WEB, 80), 200, 2);
+    let answers = client::who_many(Some(&client.namespace), scenario.at(WEB, 80), 200, 2);
     answers.all_answered()?;
     ensure!(answers.by_backend.len() == 1, "one client was sent to {:?}", answers.by_backend);
     Ok(())
@@ -197,11 +199,11 @@ fn a_transfer_over_a_narrower_road_succeeds() -> Result<()> {
         let (client, backend) = (scenario.pod(1, 1), scenario.pod(2, 1));
         scenario.publish(&web(), [backend])?;
         scenario.node().namespace.ip(&["route replace 10.244.2.0/24 via 192.168.50.2 mtu 1300"])?;
-        client.namespace.run(|| Conversation::open(at(WEB, 7))?.transfer(5_000_000)).with_context(|| {
-            let route = client.namespace.output("ip", &["route", "get", &WEB.to_string()]);
+        client.namespace.run(|| Conversation::open(scenario.at(WEB, 7))?.transfer(5_000_000)).with_context(|| {
+            let route = client.namespace.output("ip", &["route", "get", &scenario.cluster_ip(WEB).to_string()]);
             format!("{pods:?}: the client's route: {route:?}")
         })?;
-        let route = client.namespace.output("ip", &["route", "get", &WEB.to_string()])?;
+        let route = client.namespace.output("ip", &["route", "get", &scenario.cluster_ip(WEB).to_string()])?;
         ensure!(route.contains("mtu 1300"), "{pods:?}: the client has not learnt the road's width: {route}");
     }
     Ok(())
@@ -218,8 +220,10 @@ fn one_source_port_to_two_services_with_one_backend_is_two_connections() -> Resu
         let client = scenario.pod(1, 1);
         client.namespace.run(|| -> Result<()> {
             let source = SocketAddrV4::new(client.address, 5_000);
-            let mut one = Conversation::open_from(source, SocketAddrV4::new(WEB, 7)).context("the first Service")?;
-            let mut two = Conversation::open_from(source, SocketAddrV4::new(other, 7)).context("the second Service")?;
+            let mut one = Conversation::open_from(source, SocketAddrV4::new(scenario.cluster_ip(WEB), 7))
+                .context("the first Service")?;
+            let mut two = Conversation::open_from(source, SocketAddrV4::new(scenario.cluster_ip(other), 7))
+                .context("the second Service")?;
             for words in [&b"one"[..], b"two", b"three"] {
                 one.say(words).context("through the first Service")?;
                 two.say(words).context("through the second Service")?;
@@ -249,12 +253,12 @@ fn a_firewall_that_drops_invalid_packets_sees_proper_connections() -> Result<()>
         let pods = node.pods[1..].iter().chain(&scenario.cluster.nodes[1].pods);
         scenario.publish(&web(), pods)?;
         let client = scenario.pod(1, 1);
-        let answers = client::who_many(Some(&client.namespace), at(WEB, 80), 500, 2);
+        let answers = client::who_many(Some(&client.namespace), scenario.at(WEB, 80), 500, 2);
         answers
             .all_answered()
             .with_context(|| format!("bridge-nf-call-iptables {bridge_netfilter}, firewall {firewall}"))?;
         ensure!(answers.by_backend.len() == 4, "{:?}", answers.by_backend);
-        client.namespace.run(|| Conversation::open(at(WEB, 7))?.transfer(5_000_000))?;
+        client.namespace.run(|| Conversation::open(scenario.at(WEB, 7))?.transfer(5_000_000))?;
     }
     Ok(())
 }
@@ -269,7 +273,8 @@ fn gigabytes_flow_without_a_checksum_error() -> Result<()> {
         let service = Service::new("bulk", WEB).tcp("iperf", 5201, 5201);
         scenario.publish(&service, [backend])?;
         let before = scenario.cluster.checksum_errors()?;
-        let moved = server::iperf(&backend.namespace, &scenario.pod(1, 1).namespace, at(WEB, 5201), 2_000_000_000)?;
+        let moved =
+            server::iperf(&backend.namespace, &scenario.pod(1, 1).namespace, scenario.at(WEB, 5201), 2_000_000_000)?;
         ensure!(moved >= 1_950_000_000, "only {moved} bytes arrived");
         ensure!(scenario.cluster.checksum_errors()? == before, "checksum errors");
     }

@@ -11,7 +11,7 @@ use aya::maps::{HashMap, Map, MapData};
 use serde_json::Value;
 use sheave_common::Ipv4Address;
 use sheave_common::flow::{Flow, FlowKey, flags};
-use sheave_tests::client::{self, Conversation, at};
+use sheave_tests::client::{self, Conversation};
 use sheave_tests::manifests::Service;
 use sheave_tests::packet::{Packet, SYN};
 use sheave_tests::scenario::Scenario;
@@ -73,7 +73,7 @@ fn a_connection_survives_the_loss_of_either_half_of_its_flow() -> Result<()> {
     scenario.pod(1, 1).namespace.run(|| -> Result<()> {
         let mut flows = conntrack(&scenario)?;
         // The backend speaks, and the client's half is gone.
-        let mut ticks = TcpStream::connect(at(WEB, 9))?;
+        let mut ticks = TcpStream::connect(scenario.at(WEB, 9))?;
         ticks.set_read_timeout(Some(Duration::from_secs(10)))?;
         for tick in 0..3 {
             std::thread::sleep(IDLE);
@@ -81,7 +81,7 @@ fn a_connection_survives_the_loss_of_either_half_of_its_flow() -> Result<()> {
             ticks.read_exact(&mut [0]).with_context(|| format!("tick {tick}"))?;
         }
         // The client speaks, and the backend's half is gone.
-        let mut conversation = Conversation::open(at(WEB, 7))?;
+        let mut conversation = Conversation::open(scenario.at(WEB, 7))?;
         for words in [&b"one"[..], b"two"] {
             std::thread::sleep(IDLE);
             ensure!(evict(&mut flows, true)? >= 1, "no backend's half to lose");
@@ -131,14 +131,14 @@ fn a_flood_of_syns_pushes_out_other_syns_only() -> Result<()> {
     scenario.publish(&web(), [scenario.pod(1, 2)])?;
     let client = &scenario.pod(1, 1).namespace;
     let mut conversations: Vec<Conversation> =
-        client.run(|| (0..20).map(|_| Conversation::open(at(WEB, 7))).collect::<Result<_>>())?;
+        client.run(|| (0..20).map(|_| Conversation::open(scenario.at(WEB, 7))).collect::<Result<_>>())?;
     scenario.pod(1, 3).namespace.run(|| -> Result<()> {
-        let socket = raw_socket()?;
+        let (socket, web) = (raw_socket()?, scenario.cluster_ip(WEB));
         for n in 0..30_000_u32 {
             let [_, _, high, low] = n.to_be_bytes();
             let source = format!("10.66.{high}.{low}:{}", 1_024 + n % 60_000);
             // A full device queue loses some of a flood; that is no failure.
-            let _ = send_raw(&socket, &Packet::tcp(&source, "10.96.0.10:7", SYN).build(), WEB);
+            let _ = send_raw(&socket, &Packet::tcp(&source, &format!("{web}:7"), SYN).build(), web);
         }
         Ok(())
     })?;
@@ -148,14 +148,14 @@ fn a_flood_of_syns_pushes_out_other_syns_only() -> Result<()> {
     for conversation in &mut conversations {
         conversation.say(b"still here")?;
     }
-    client.run(|| Conversation::open(at(WEB, 7))?.say(b"new ones, too"))
+    client.run(|| Conversation::open(scenario.at(WEB, 7))?.say(b"new ones, too"))
 }
 
 /// Connections that the service port behind a ClusterIP frontend has had.
 fn connections(scenario: &Scenario, port: u16) -> Result<u64> {
     let services: Value = serde_json::from_str(&scenario.agent.view("services", &["-o", "json", "--counters"])?)?;
     let mut rows = services.as_array().into_iter().flatten();
-    let row = rows.find(|row| row["address"] == WEB.to_string() && row["port"] == port);
+    let row = rows.find(|row| row["address"] == scenario.cluster_ip(WEB).to_string() && row["port"] == port);
     let row = row.with_context(|| format!("port {port} is not in {services:#}"))?;
     row["counters"]["connections"].as_u64().with_context(|| format!("no counters in {row:#}"))
 }
@@ -168,7 +168,7 @@ fn an_idle_flow_is_forgotten_in_its_time_and_an_active_one_is_not() -> Result<()
     scenario.publish(&web(), [scenario.pod(1, 2)])?;
     scenario.pod(1, 1).namespace.run(|| -> Result<()> {
         let socket = UdpSocket::bind("0.0.0.0:0")?;
-        socket.connect(at(WEB, 53))?;
+        socket.connect(scenario.at(WEB, 53))?;
         for _ in 0..4 {
             client::ask_udp_with(&socket, "active")?;
             std::thread::sleep(Duration::from_millis(1_500));
@@ -210,13 +210,14 @@ fn a_redirected_packet_is_a_hop_older_and_dies_of_age() -> Result<()> {
         scenario.publish(&web(), [scenario.pod(2, 1)])?;
         scenario.cluster.client.run(|| -> Result<()> {
             // Both neighbours are known from here on, so XDP does what it can.
-            ensure!(ask_with_ttl(at(NODE, 30_053), 64)?.is_none());
+            ensure!(ask_with_ttl(scenario.at(NODE, 30_053), 64)?.is_none());
             // 1 dies at this node, 2 at the other one, which forwards it to its pod.
             for ttl in [1, 2] {
-                let error = ask_with_ttl(at(NODE, 30_053), ttl)?.with_context(|| format!("TTL {ttl} was enough"))?;
+                let error =
+                    ask_with_ttl(scenario.at(NODE, 30_053), ttl)?.with_context(|| format!("TTL {ttl} was enough"))?;
                 ensure!(error.raw_os_error() == Some(libc::EHOSTUNREACH), "TTL {ttl}, XDP {xdp}: {error}");
             }
-            ensure!(ask_with_ttl(at(NODE, 30_053), 3)?.is_none(), "TTL 3 was not enough, XDP {xdp}");
+            ensure!(ask_with_ttl(scenario.at(NODE, 30_053), 3)?.is_none(), "TTL 3 was not enough, XDP {xdp}");
             Ok(())
         })?;
     }

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use sheave_tests::client::{Answers, at};
+use sheave_tests::client::Answers;
 use sheave_tests::manifests::Service;
 use sheave_tests::netns::Namespace;
 use sheave_tests::process::{Process, built};
@@ -43,7 +43,7 @@ fn probe(mut command: Command, protocol: &str, target: SocketAddr, count: usize)
 fn a_host_process_reaches_cluster_ips_and_node_ports() -> Result<()> {
     for pods in [PodNetwork::Bridged, PodNetwork::Routed] {
         let scenario = start(pods)?;
-        for target in [at(WEB, 80), at(NODE, 30_500), at(LOCALHOST, 30_500)] {
+        for target in [scenario.at(WEB, 80), scenario.at(NODE, 30_500), scenario.at(LOCALHOST, 30_500)] {
             let answers = probe(scenario.agent.host_command(built("probe")?), "tcp", target, 2_000)?;
             answers.all_answered().with_context(|| format!("{pods:?}: {target}"))?;
             answers.evenly_spread(4, 0.25).with_context(|| format!("{pods:?}: {target}"))?;
@@ -56,7 +56,7 @@ fn a_host_process_reaches_cluster_ips_and_node_ports() -> Result<()> {
 #[test]
 fn a_host_process_asks_by_datagram() -> Result<()> {
     let scenario = start(PodNetwork::Bridged)?;
-    for target in [at(WEB, 53), at(NODE, 30_053), at(LOCALHOST, 30_053)] {
+    for target in [scenario.at(WEB, 53), scenario.at(NODE, 30_053), scenario.at(LOCALHOST, 30_053)] {
         for protocol in ["udp", "udp-unconnected"] {
             let answers = probe(scenario.agent.host_command(built("probe")?), protocol, target, 50)?;
             answers.all_answered().with_context(|| format!("{protocol} to {target}"))?;
@@ -70,9 +70,9 @@ fn a_host_process_asks_by_datagram() -> Result<()> {
 fn a_process_of_another_network_in_the_same_cgroup_is_not_touched() -> Result<()> {
     let scenario = start(PodNetwork::Bridged)?;
     let elsewhere = Namespace::new("elsewhere")?;
-    elsewhere.ip(&[format!("address add {WEB}/32 dev lo")])?;
+    elsewhere.ip(&[format!("address add {}/32 dev lo", scenario.cluster_ip(WEB))])?;
     let _server = Server::start(&elsewhere, "bystander")?;
-    for (protocol, target) in [("tcp", at(WEB, server::WHO)), ("udp", at(WEB, server::UDP))] {
+    for (protocol, target) in [("tcp", scenario.at(WEB, server::WHO)), ("udp", scenario.at(WEB, server::UDP))] {
         let command = scenario.agent.bystander_command(&elsewhere, built("probe")?);
         let answers = probe(command, protocol, target, 50)?;
         answers.all_answered()?;
@@ -80,7 +80,7 @@ fn a_process_of_another_network_in_the_same_cgroup_is_not_touched() -> Result<()
     }
     // On the very address and port of a frontend there is nobody there, and it must stay so.
     let command = scenario.agent.bystander_command(&elsewhere, built("probe")?);
-    let answers = probe(command, "tcp", at(WEB, 80), 5)?;
+    let answers = probe(command, "tcp", scenario.at(WEB, 80), 5)?;
     ensure!(answers.total() == 0, "a process of another network was sent to {:?}", answers.by_backend);
     Ok(())
 }
@@ -91,7 +91,7 @@ fn a_host_process_is_refused_at_once_without_endpoints() -> Result<()> {
     let scenario = start(PodNetwork::Bridged)?;
     let empty = Ipv4Addr::new(10, 96, 0, 11);
     scenario.publish(&Service::new("empty", empty).tcp("http", 80, 1).node_port(30_600), [])?;
-    for target in [at(empty, 80), at(LOCALHOST, 30_600)] {
+    for target in [scenario.at(empty, 80), scenario.at(LOCALHOST, 30_600)] {
         let answers = probe(scenario.agent.host_command(built("probe")?), "tcp", target, 3)?;
         ensure!(answers.failed == 3 && answers.errors.iter().all(|error| error.contains("refused")), "{answers:?}");
     }
@@ -104,7 +104,7 @@ fn a_pods_process_in_the_cgroup_is_balanced_by_packet_only() -> Result<()> {
     let scenario = start(PodNetwork::Bridged)?;
     let pod = scenario.pod(1, 1);
     let command = scenario.agent.bystander_command(&pod.namespace, built("probe")?);
-    let answers = probe(command, "tcp", at(WEB, 80), 500)?;
+    let answers = probe(command, "tcp", scenario.at(WEB, 80), 500)?;
     answers.all_answered()?;
     let hairpin = IpAddr::from([169, 254, 42, 1]);
     ensure!(answers.seen.contains(&hairpin), "no packet was turned back to the pod itself: {:?}", answers.seen);

@@ -25,7 +25,14 @@ fn web() -> Service {
 }
 
 fn start(pods: PodNetwork, pod_counts: [u8; 2]) -> Result<Scenario> {
-    let scenario = Scenario::start(Shape { pods, pod_counts, ..Shape::default() }, &[])?;
+    published(Scenario::start(Shape { pods, pod_counts, ..Shape::default() }, &[])?)
+}
+
+fn start_with_folder(pod_counts: [u8; 2]) -> Result<Scenario> {
+    published(Scenario::start_with_folder(Shape { pod_counts, ..Shape::default() }, &[])?)
+}
+
+fn published(scenario: Scenario) -> Result<Scenario> {
     scenario.publish(&web(), scenario.node().pods[1..].iter().chain(&scenario.cluster.nodes[1].pods))?;
     Ok(scenario)
 }
@@ -36,12 +43,13 @@ fn connections_go_on_while_sheave_is_killed_and_started_again() -> Result<()> {
     let mut scenario = start(PodNetwork::Bridged, [3, 2])?;
     let pod = scenario.pod(1, 1).namespace.clone();
     let outside = scenario.cluster.client.clone();
-    let mut inside_talk = pod.run(|| Conversation::open(at(WEB, 7)))?;
-    let mut outside_talk = outside.run(|| Conversation::open(at(NODE, 30_007)))?;
+    let (web, node_port) = (scenario.at(WEB, 80), scenario.at(NODE, 30_500));
+    let mut inside_talk = pod.run(|| Conversation::open(scenario.at(WEB, 7)))?;
+    let mut outside_talk = outside.run(|| Conversation::open(scenario.at(NODE, 30_007)))?;
     let stop = AtomicBool::new(false);
     let answers = std::thread::scope(|scope| -> Result<_> {
-        let inside = scope.spawn(|| client::until(Some(&pod), &stop, 2, &|| client::who(at(WEB, 80))));
-        let from_outside = scope.spawn(|| client::until(Some(&outside), &stop, 2, &|| client::who(at(NODE, 30_500))));
+        let inside = scope.spawn(|| client::until(Some(&pod), &stop, 2, &|| client::who(web)));
+        let from_outside = scope.spawn(|| client::until(Some(&outside), &stop, 2, &|| client::who(node_port)));
         let outcome = (0..5).try_for_each(|round| {
             scenario.agent.kill();
             std::thread::sleep(Duration::from_millis(300));
@@ -67,11 +75,11 @@ fn a_change_made_while_sheave_was_down_is_caught_up() -> Result<()> {
     let mut scenario = start(PodNetwork::Bridged, [3, 0])?;
     scenario.agent.kill();
     let left = scenario.pod(1, 3);
-    scenario.manifests.service(&web(), &[left.into()])?;
+    scenario.update(&web(), &[left.into()])?;
     let (left, client) = (left.name.clone(), scenario.pod(1, 1).namespace.clone());
     scenario.agent.restart()?;
     eventually(Duration::from_secs(5), || {
-        let answers = client::who_many(Some(&client), at(WEB, 80), 100, 2);
+        let answers = client::who_many(Some(&client), scenario.at(WEB, 80), 100, 2);
         answers.all_answered()?;
         ensure!(answers.by_backend.keys().eq([&left]), "{:?}", answers.by_backend);
         Ok(())
@@ -81,7 +89,7 @@ fn a_change_made_while_sheave_was_down_is_caught_up() -> Result<()> {
 /// Editing a manifest would need a restart, and a broken one would take Services down.
 #[test]
 fn manifests_are_followed_and_a_broken_one_changes_nothing() -> Result<()> {
-    let scenario = start(PodNetwork::Bridged, [2, 1])?;
+    let scenario = start_with_folder([2, 1])?;
     let client = scenario.pod(1, 1).namespace.clone();
     let ask = |address, port| client.run(|| client::who(at(address, port)));
     ask(WEB, 80)?;
@@ -90,7 +98,7 @@ fn manifests_are_followed_and_a_broken_one_changes_nothing() -> Result<()> {
     scenario.publish(&Service::new("second", second).tcp("http", 80, server::WHO), [scenario.pod(2, 1)])?;
     ask(second, 80)?;
 
-    scenario.manifests.write("web.yaml", "apiVersion: v1\nkind: Service\nspec: [this is\n")?;
+    scenario.manifests().write("web.yaml", "apiVersion: v1\nkind: Service\nspec: [this is\n")?;
     std::thread::sleep(Duration::from_millis(500));
     ask(WEB, 80).context("with a broken web.yaml")?;
     ensure!(
@@ -99,7 +107,7 @@ fn manifests_are_followed_and_a_broken_one_changes_nothing() -> Result<()> {
         scenario.agent.log()
     );
 
-    scenario.manifests.remove("second.yaml")?;
+    scenario.manifests().remove("second.yaml")?;
     eventually(Duration::from_secs(5), || {
         let services = scenario.agent.view("services", &["-o", "json"])?;
         ensure!(!services.contains("10.96.0.11"), "the deleted Service is still there:\n{services}");
@@ -114,12 +122,12 @@ fn manifests_are_followed_and_a_broken_one_changes_nothing() -> Result<()> {
 fn a_reused_interface_index_does_no_harm() -> Result<()> {
     for pods in [PodNetwork::Bridged, PodNetwork::Routed] {
         let mut scenario = start(pods, [2, 1])?;
-        let source_port = 6_000;
+        let (source_port, web) = (6_000, SocketAddrV4::new(scenario.cluster_ip(WEB), 7));
         for round in 0..3 {
             let node = &mut scenario.cluster.nodes[0];
             let index = node.link_index(&node.pods[0].host_link)?;
             let address = node.pods[0].address;
-            let talk = || Conversation::open_from(SocketAddrV4::new(address, source_port), SocketAddrV4::new(WEB, 7));
+            let talk = || Conversation::open_from(SocketAddrV4::new(address, source_port), web);
             // Left open: the pod is gone before its connections are.
             let talked = eventually(Duration::from_secs(5), || node.pods[0].namespace.run(talk));
             let talked = talked.with_context(|| format!("{pods:?}, round {round}"))?;
@@ -139,8 +147,8 @@ fn a_pod_that_comes_later_is_served() -> Result<()> {
         let mut scenario = start(pods, [2, 1])?;
         let pod = scenario.cluster.nodes[0].add_pod()?;
         let namespace = pod.namespace.clone();
-        eventually(Duration::from_secs(5), || namespace.run(|| client::who(at(WEB, 80))))?;
-        client::who_many(Some(&namespace), at(WEB, 80), 200, 2).all_answered()?;
+        eventually(Duration::from_secs(5), || namespace.run(|| client::who(scenario.at(WEB, 80))))?;
+        client::who_many(Some(&namespace), scenario.at(WEB, 80), 200, 2).all_answered()?;
     }
     Ok(())
 }
@@ -148,7 +156,7 @@ fn a_pod_that_comes_later_is_served() -> Result<()> {
 /// Two nodes' Sheaves on one machine (or a test beside production) would overwrite each other.
 #[test]
 fn a_second_instance_in_another_namespace_lives_beside_the_first() -> Result<()> {
-    let scenario = start(PodNetwork::Bridged, [2, 2])?;
+    let scenario = start_with_folder([2, 2])?;
     let second_node = &scenario.cluster.nodes[1];
     let manifests = Manifests::for_node(second_node)?;
     let pod = &second_node.pods[1];
@@ -174,12 +182,13 @@ fn cleanup_removes_every_trace() -> Result<()> {
     let mut scenario = start(PodNetwork::Bridged, [2, 1])?;
     scenario.agent.kill();
     let client = scenario.pod(1, 1).namespace.clone();
-    client.run(|| client::who(at(WEB, 80))).context("the dataplane should outlive the process")?;
+    client.run(|| client::who(scenario.at(WEB, 80))).context("the dataplane should outlive the process")?;
     scenario.agent.clean_up()?;
     ensure!(!scenario.agent.pins().exists(), "{} is still there", scenario.agent.pins().display());
     let attached = scenario.node().namespace.output("bpftool", &["net", "show"])?;
     ensure!(!attached.contains("sheave"), "programs are left:\n{attached}");
-    let attempt = client.run(|| std::net::TcpStream::connect_timeout(&at(WEB, 80), Duration::from_millis(500)));
+    let attempt =
+        client.run(|| std::net::TcpStream::connect_timeout(&scenario.at(WEB, 80), Duration::from_millis(500)));
     ensure!(attempt.is_err(), "a removed Service answered");
     Ok(())
 }
@@ -192,21 +201,21 @@ fn it_starts_afresh_after_cleanup() -> Result<()> {
     scenario.agent.clean_up()?;
     scenario.agent.restart()?;
     let client = scenario.pod(1, 1).namespace.clone();
-    eventually(Duration::from_secs(5), || client.run(|| client::who(at(WEB, 80))))?;
+    eventually(Duration::from_secs(5), || client.run(|| client::who(scenario.at(WEB, 80))))?;
     Ok(())
 }
 
 /// A node's own server must not hear of it: an address that stops being a Service's is nobody's again.
 #[test]
 fn a_service_that_goes_leaves_its_node_port_to_others() -> Result<()> {
-    let scenario = start(PodNetwork::Bridged, [2, 0])?;
+    let scenario = start_with_folder([2, 0])?;
     let outside = &scenario.cluster.client;
     outside.run(|| client::who(at(NODE, 30_500)))?;
     let _server = Server::start(&scenario.node().namespace, "the-node")?;
     let taken = Service::new("taken", Ipv4Addr::new(10, 96, 0, 30)).tcp("http", 80, server::WHO).node_port(server::WHO);
     scenario.publish(&taken, [scenario.pod(1, 2)])?;
     ensure!(outside.run(|| client::who(at(NODE, server::WHO)))?.backend == scenario.pod(1, 2).name, "not the Service");
-    scenario.manifests.remove("taken.yaml")?;
+    scenario.manifests().remove("taken.yaml")?;
     eventually(Duration::from_secs(5), || {
         let answer = outside.run(|| client::who(at(NODE, server::WHO)))?;
         ensure!(answer.backend == "the-node", "{answer:?}");
@@ -220,8 +229,10 @@ fn a_source_port_that_is_used_again_at_once_gets_a_new_connection() -> Result<()
     let scenario = start(PodNetwork::Bridged, [3, 2])?;
     let pod = scenario.pod(1, 1);
     let client = &scenario.cluster.client;
-    let from_pod = (&pod.namespace, SocketAddrV4::new(pod.address, 7_000), SocketAddrV4::new(WEB, 80));
-    let from_outside = (client, SocketAddrV4::new(CLIENT, 7_000), SocketAddrV4::new(NODE, 30_500));
+    let from_pod =
+        (&pod.namespace, SocketAddrV4::new(pod.address, 7_000), SocketAddrV4::new(scenario.cluster_ip(WEB), 80));
+    let from_outside =
+        (client, SocketAddrV4::new(CLIENT, 7_000), SocketAddrV4::new(NODE, scenario.at(NODE, 30_500).port()));
     for (namespace, source, target) in [from_pod, from_outside] {
         let mut answers = client::Answers::default();
         namespace.run(|| {
@@ -245,8 +256,8 @@ fn a_source_port_is_free_after_a_reset() -> Result<()> {
     pod.namespace.run(|| -> Result<()> {
         for round in 0..100 {
             let source = SocketAddrV4::new(pod.address, 7_000);
-            let talk =
-                Conversation::open_from(source, SocketAddrV4::new(WEB, 7)).with_context(|| format!("round {round}"))?;
+            let talk = Conversation::open_from(source, SocketAddrV4::new(scenario.cluster_ip(WEB), 7))
+                .with_context(|| format!("round {round}"))?;
             talk.reset()?;
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! A client outside the cluster asks a nodePort of node 1: local backends, and backends on node 2 over plain routes and
 //! through VXLAN; by tc alone, and with native XDP on the uplink.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -19,19 +19,19 @@ const MANY: usize = 40_000;
 fn web() -> Service {
     Service::new("web", WEB)
         .tcp("http", 80, server::WHO)
-        .node_port(30_500)
+        .node_port(HTTP)
         .tcp("patient", 81, server::PATIENT)
-        .node_port(30_501)
+        .node_port(PATIENT)
         .tcp("echo", 7, server::ECHO)
-        .node_port(30_007)
+        .node_port(ECHO)
         .udp("udp", 53, server::UDP)
-        .node_port(30_053)
+        .node_port(UDP)
 }
 
-const HTTP: SocketAddr = SocketAddr::new(IpAddr::V4(NODE), 30_500);
-const PATIENT: SocketAddr = SocketAddr::new(IpAddr::V4(NODE), 30_501);
-const ECHO: SocketAddr = SocketAddr::new(IpAddr::V4(NODE), 30_007);
-const UDP: SocketAddr = SocketAddr::new(IpAddr::V4(NODE), 30_053);
+const HTTP: u16 = 30_500;
+const PATIENT: u16 = 30_501;
+const ECHO: u16 = 30_007;
+const UDP: u16 = 30_053;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Backends {
@@ -60,7 +60,7 @@ fn every_connection_is_answered(backends: Backends, xdp: bool) -> Result<()> {
     let (scenario, seen) = start(backends, PodNetwork::Bridged, xdp, 4)?;
     // The client closes first: a pod's TIME_WAIT would refuse other clients behind the same SNAT port for a minute, and
     // 40 000 connections in a few seconds use every SNAT port several times.
-    let ask = || client::who_and_close(PATIENT);
+    let ask = || client::who_and_close(scenario.at(NODE, PATIENT));
     let answers = client::many(Some(&scenario.cluster.client), MANY, 4, &ask);
     answers.all_answered()?;
     answers.evenly_spread(4, 0.05)?;
@@ -144,7 +144,7 @@ fn no_connection_fails_while_the_backends_change_ten_times_a_second() -> Result<
         let scenario = Scenario::start(shape, &["--xdp", if xdp { "native" } else { "off" }])?;
         let pods: Vec<&Pod> = scenario.cluster.nodes.iter().flat_map(|node| &node.pods).collect();
         scenario.publish(&web(), pods.iter().copied())?;
-        let ask = || client::who_and_close(PATIENT);
+        let ask = || client::who_and_close(scenario.at(NODE, PATIENT));
         let answers = scenario.ask_while_backends_change(&web(), &pods, &scenario.cluster.client, &ask)?;
         answers.all_answered().with_context(|| format!("{nodes:?}, XDP {xdp}"))?;
         ensure!(answers.total() > 1_000, "only {} connections in ten seconds", answers.total());
@@ -163,10 +163,11 @@ fn datagrams_and_transfers_go_both_ways() -> Result<()> {
                 let context = || format!("{backends:?}, {pods:?}, XDP {xdp}");
                 scenario.cluster.client.run(|| -> Result<()> {
                     for size in [1, 1_000] {
-                        let answer = client::ask_udp(UDP, &"x".repeat(size)).with_context(context)?;
+                        let answer =
+                            client::ask_udp(scenario.at(NODE, UDP), &"x".repeat(size)).with_context(context)?;
                         ensure!(answer.seen.ip() == seen, "{}: the pod saw {}", context(), answer.seen);
                     }
-                    Conversation::open(ECHO)?.transfer(3_000_000).with_context(context)
+                    Conversation::open(scenario.at(NODE, ECHO))?.transfer(3_000_000).with_context(context)
                 })?;
             }
         }
@@ -183,7 +184,8 @@ fn gigabytes_flow_without_a_checksum_error() -> Result<()> {
         let backend = &behind(&scenario, backends)[0];
         scenario.publish(&bulk, [backend])?;
         let before = scenario.cluster.checksum_errors()?;
-        let moved = server::iperf(&backend.namespace, &scenario.cluster.client, at(NODE, 30_201), 2_000_000_000);
+        let moved =
+            server::iperf(&backend.namespace, &scenario.cluster.client, scenario.at(NODE, 30_201), 2_000_000_000);
         let moved = moved.with_context(|| format!("{backends:?}"))?;
         ensure!(moved >= 1_950_000_000, "{backends:?}: only {moved} bytes arrived");
         ensure!(scenario.cluster.checksum_errors()? == before, "{backends:?}: checksum errors");
@@ -197,7 +199,7 @@ fn a_transfer_over_a_narrower_road_succeeds() -> Result<()> {
     for xdp in [false, true] {
         let (scenario, _) = start(Backends::Remote(NodeNetwork::Plain), PodNetwork::Bridged, xdp, 1)?;
         scenario.node().namespace.ip(&["route replace 10.244.2.0/24 via 192.168.50.2 mtu 1300"])?;
-        let transfer = scenario.cluster.client.run(|| Conversation::open(ECHO)?.transfer(3_000_000));
+        let transfer = scenario.cluster.client.run(|| Conversation::open(scenario.at(NODE, ECHO))?.transfer(3_000_000));
         transfer.with_context(|| format!("XDP {xdp}"))?;
     }
     Ok(())
@@ -211,7 +213,7 @@ fn under_policy_local_only_local_pods_answer_and_without_any_the_node_is_silent(
     let service = web().external_local();
     scenario.publish(&service, [local, remote])?;
     let answers = sheave_tests::process::eventually(Duration::from_secs(5), || {
-        let answers = client::who_many(Some(&scenario.cluster.client), HTTP, 100, 2);
+        let answers = client::who_many(Some(&scenario.cluster.client), scenario.at(NODE, HTTP), 100, 2);
         ensure!(answers.by_backend.keys().eq([&local.name]), "{:?} answered", answers.by_backend);
         Ok(answers)
     })?;
@@ -221,14 +223,17 @@ fn under_policy_local_only_local_pods_answer_and_without_any_the_node_is_silent(
 
     scenario.publish(&service, [remote])?;
     sheave_tests::process::eventually(Duration::from_secs(8), || {
-        let attempt =
-            scenario.cluster.client.run(|| std::net::TcpStream::connect_timeout(&HTTP, Duration::from_secs(1)));
+        let attempt = scenario
+            .cluster
+            .client
+            .run(|| std::net::TcpStream::connect_timeout(&scenario.at(NODE, HTTP), Duration::from_secs(1)));
         let error = attempt.err().context("a connection was accepted")?;
         ensure!(error.kind() == std::io::ErrorKind::TimedOut, "not silent: {error}");
         Ok(())
     })?;
     // Pods take the short cut to every endpoint, as kube-proxy has it.
-    let answer = local.namespace.run(|| client::who(HTTP)).context("a pod asks its node's nodePort")?;
+    let answer =
+        local.namespace.run(|| client::who(scenario.at(NODE, HTTP))).context("a pod asks its node's nodePort")?;
     ensure!(answer.backend == remote.name, "{answer:?}");
     Ok(())
 }
@@ -241,8 +246,10 @@ fn a_node_port_without_endpoints_refuses_at_once() -> Result<()> {
         let empty = Service::new("empty", Ipv4Addr::new(10, 96, 0, 11)).tcp("http", 80, 1).node_port(30_600);
         scenario.publish(&empty, [])?;
         let started = Instant::now();
-        let attempt =
-            scenario.cluster.client.run(|| std::net::TcpStream::connect_timeout(&at(NODE, 30_600), client::LIMIT));
+        let attempt = scenario
+            .cluster
+            .client
+            .run(|| std::net::TcpStream::connect_timeout(&scenario.at(NODE, 30_600), client::LIMIT));
         let error = attempt.err().context("a connection was accepted")?;
         ensure!(error.kind() == std::io::ErrorKind::ConnectionRefused, "XDP {xdp}: {error}");
         ensure!(started.elapsed() < Duration::from_millis(500), "XDP {xdp}: it took {:?}", started.elapsed());
@@ -257,12 +264,12 @@ fn what_is_no_service_is_left_alone() -> Result<()> {
         let (scenario, _) = start(Backends::Local, PodNetwork::Bridged, xdp, 1)?;
         let node = scenario.node();
         let _server = server::Server::start(&node.namespace, "the-node")?;
-        let answers = client::who_many(Some(&scenario.cluster.client), at(NODE, server::WHO), 500, 2);
+        let answers = client::who_many(Some(&scenario.cluster.client), scenario.at(NODE, server::WHO), 500, 2);
         answers.all_answered()?;
         let own = IpAddr::from(CLIENT);
         ensure!(answers.seen.iter().eq([&own]), "the node saw {:?}", answers.seen);
-        scenario.cluster.client.run(|| client::ask_udp(at(NODE, server::UDP), "ping"))?;
-        scenario.cluster.client.run(|| Conversation::open(at(NODE, server::ECHO))?.transfer(1_000_000))?;
+        scenario.cluster.client.run(|| client::ask_udp(scenario.at(NODE, server::UDP), "ping"))?;
+        scenario.cluster.client.run(|| Conversation::open(scenario.at(NODE, server::ECHO))?.transfer(1_000_000))?;
         let (from, to) = (scenario.pod(1, 1), scenario.pod(2, 1));
         from.namespace.run(|| client::who(at(to.address, server::WHO))).context("pod to pod")?;
     }
@@ -274,7 +281,7 @@ fn what_is_no_service_is_left_alone() -> Result<()> {
 fn a_client_outside_reaches_a_cluster_ip_through_the_node() -> Result<()> {
     for backends in ALL {
         let (scenario, _) = start(backends, PodNetwork::Bridged, false, 2)?;
-        let answers = client::who_many(Some(&scenario.cluster.client), at(WEB, 80), 200, 2);
+        let answers = client::who_many(Some(&scenario.cluster.client), scenario.at(WEB, 80), 200, 2);
         answers.all_answered().with_context(|| format!("{backends:?}"))?;
     }
     Ok(())

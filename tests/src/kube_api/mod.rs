@@ -146,6 +146,12 @@ impl KubeApi {
         self.shared.wake();
     }
 
+    /// Every object of a kind.
+    #[must_use]
+    pub fn objects(&self, resource: Resource) -> Vec<Value> {
+        self.shared.store().objects(resource).map(|(_, object)| object.clone()).collect()
+    }
+
     /// Ends history here: who wants to watch from an earlier resource version gets 410.
     pub fn compact(&self, gone: Gone) {
         self.shared.store().compact();
