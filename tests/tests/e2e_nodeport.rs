@@ -125,7 +125,7 @@ fn runs(scenario: &Scenario, hook: &str) -> Result<u64> {
 fn xdp_does_the_work_for_remote_backends_and_tc_hardly_any() -> Result<()> {
     let (scenario, _) = start(Backends::Remote(NodeNetwork::Plain), PodNetwork::Bridged, true, 2)?;
     let _statistics = aya::sys::enable_stats(aya::sys::Stats::RunTime)?;
-    let ask = || client::who_and_close(PATIENT);
+    let ask = || client::who_and_close(scenario.at(NODE, PATIENT));
     // Neighbours are learnt first.
     client::many(Some(&scenario.cluster.client), 10, 1, &ask).all_answered()?;
     let (xdp, tc) = (runs(&scenario, "xdp_native")?, runs(&scenario, "ingress")?);
