@@ -8,131 +8,39 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use sheave::config::NodePortAddresses;
+use sheave::model::Change;
 use sheave::model::desired::ServiceKey;
-use sheave::model::{Change, Model, ModelOptions};
-use sheave::source::{self, SourceError, SourceEvent};
+use sheave::source;
+use sheave_tests::follower::{Folder, Follower, HERE, PATIENCE};
 use sheave_tests::kube_api::{Gone, KubeApi, Resource, Verb};
-use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
-/// More than anything here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// Long enough for what must not happen to have happened.
-const SILENCE: Duration = Duration::from_millis(300);
-
-/// A folder that goes with its value.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("sheave-kubernetes-source-{}-{name}", std::process::id()));
-        std::fs::create_dir_all(&path).expect("a temporary folder");
-        Self(path)
-    }
-
-    fn kubeconfig(&self, server: &str, token: &str) -> PathBuf {
-        let config = json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "test",
-            "clusters": [{"name": "test", "cluster": {"server": server}}],
-            "users": [{"name": "test", "user": {"token": token}}],
-            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
-        });
-        let path = self.0.join("config");
-        std::fs::write(&path, config.to_string()).expect("a file can be written");
-        path
-    }
+fn kubeconfig(folder: &Folder, server: &str, token: &str) -> PathBuf {
+    let config = json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "test",
+        "clusters": [{"name": "test", "cluster": {"server": server}}],
+        "users": [{"name": "test", "user": {"token": token}}],
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+    });
+    folder.write("config", &config.to_string());
+    folder.path("config")
 }
 
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _: std::io::Result<()> = std::fs::remove_dir_all(&self.0);
-    }
+/// `name` is the test's, for its folder. The kubeconfig names `server`; `servers` are given besides.
+fn start(name: &str, server: &str, servers: &[String]) -> Follower {
+    let folder = Folder::new(name);
+    let (kubeconfig, servers) = (kubeconfig(&folder, server, "secret"), servers.to_vec());
+    Follower::start(|sender| source::kubernetes::run(Some(kubeconfig), servers, HERE.to_owned(), sender), folder)
 }
 
-/// A running source and a model that takes in what it reports.
-struct Running {
-    receiver: mpsc::Receiver<SourceEvent>,
-    task: JoinHandle<Result<(), SourceError>>,
-    model: Model,
-    synced: usize,
-    changes: Vec<Change>,
-    _folder: Folder,
+async fn follow(name: &str, api: &KubeApi) -> Follower {
+    start(name, &api.url(), &[]).synced().await
 }
 
-impl Running {
-    /// `name` is the test's, for its folder. The kubeconfig names `server`; `servers` are given besides.
-    fn start(name: &str, server: &str, servers: &[String]) -> Self {
-        let folder = Folder::new(name);
-        let kubeconfig = folder.kubeconfig(server, "secret");
-        let (sender, receiver) = mpsc::channel(16);
-        let run = source::kubernetes::run(Some(kubeconfig), servers.to_vec(), "here".to_owned(), sender);
-        let options = ModelOptions {
-            node_name: "here".to_owned(),
-            external_ips: true,
-            nodeport_addresses: NodePortAddresses::Primary,
-        };
-        let (task, model) = (tokio::spawn(run), Model::new(options));
-        Self { receiver, task, model, synced: 0, changes: Vec::new(), _folder: folder }
-    }
-
-    async fn follow(name: &str, api: &KubeApi) -> Self {
-        let mut running = Self::start(name, &api.url(), &[]);
-        running.until("synced", |running| running.synced == 1).await;
-        running
-    }
-
-    fn take(&mut self, event: SourceEvent) {
-        match event {
-            SourceEvent::Synced => self.synced += 1,
-            SourceEvent::Changes(changes) => {
-                for change in changes {
-                    self.changes.push(change.clone());
-                    self.model.apply(change);
-                }
-            }
-        }
-    }
-
-    async fn until(&mut self, what: &str, condition: impl Fn(&Self) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        while !condition(self) {
-            match tokio::time::timeout_at(deadline, self.receiver.recv()).await {
-                Ok(Some(event)) => self.take(event),
-                Ok(None) => panic!("the source ended while waiting for: {what}"),
-                Err(_) => panic!("waited in vain for: {what}; services are {:?}", self.services()),
-            }
-        }
-    }
-
-    async fn until_services(&mut self, names: &[&str]) {
-        let names: BTreeSet<String> = names.iter().map(|name| (*name).to_owned()).collect();
-        self.until(&format!("services {names:?}"), |running| running.services() == names).await;
-    }
-
-    /// Takes in whatever comes for a moment.
-    async fn settle(&mut self) {
-        while let Ok(Some(event)) = timeout(SILENCE, self.receiver.recv()).await {
-            self.take(event);
-        }
-    }
-
-    fn services(&self) -> BTreeSet<String> {
-        self.model.services().map(|key| key.name.clone()).collect()
-    }
-
-    /// IPv4 endpoints of a Service's ports, policy Cluster.
-    fn endpoints(&self, service: &str) -> usize {
-        let key = ServiceKey { namespace: "default".to_owned(), name: service.to_owned() };
-        self.model.desired(&key).values().map(|port| port.endpoints4.cluster.len()).sum()
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
+/// IPv4 endpoints of a Service's ports, policy Cluster.
+fn endpoints(follower: &Follower, service: &str) -> usize {
+    let key = ServiceKey { namespace: "default".to_owned(), name: service.to_owned() };
+    follower.model.desired(&key).values().map(|port| port.endpoints4.cluster.len()).sum()
 }
 
 async fn eventually(what: &str, condition: impl Fn() -> bool) {
@@ -173,9 +81,9 @@ async fn what_exists_is_reported_and_then_synced_once() {
     api.apply(slice("web-1", "web"));
     api.apply(json!({"kind": "Node", "metadata": {"name": "there"}}));
     api.apply(json!({"kind": "Node", "metadata": {"name": "here", "labels": {"topology.kubernetes.io/zone": "a"}}}));
-    let mut running = Running::follow("list", &api).await;
+    let mut running = follow("list", &api).await;
     assert_eq!(running.services(), BTreeSet::from(["web".to_owned()]));
-    assert_eq!(running.endpoints("web"), 1);
+    assert_eq!(endpoints(&running, "web"), 1);
     running.settle().await;
     assert_eq!(running.synced, 1);
     let nodes: Vec<&Change> = running.changes.iter().filter(|change| matches!(change, Change::Node(_))).collect();
@@ -189,7 +97,7 @@ async fn large_lists_come_in_pages() {
     for i in 0..1201 {
         api.apply(service(&format!("web-{i}")));
     }
-    let running = Running::follow("pages", &api).await;
+    let running = follow("pages", &api).await;
     assert_eq!(running.services().len(), 1201);
     assert_eq!(api.count(Resource::Services, Verb::List), 3);
 }
@@ -198,13 +106,13 @@ async fn large_lists_come_in_pages() {
 #[tokio::test]
 async fn changes_are_followed() {
     let api = KubeApi::start().await;
-    let mut running = Running::follow("watch", &api).await;
+    let mut running = follow("watch", &api).await;
     api.apply(service("web"));
     running.until_services(&["web"]).await;
     api.apply(slice("web-1", "web"));
-    running.until("an endpoint", |running| running.endpoints("web") == 1).await;
+    running.until("an endpoint", |running| endpoints(running, "web") == 1).await;
     api.delete(Resource::EndpointSlices, "default", "web-1");
-    running.until("no endpoint", |running| running.endpoints("web") == 0).await;
+    running.until("no endpoint", |running| endpoints(running, "web") == 0).await;
     api.delete(Resource::Services, "default", "web");
     running.until_services(&[]).await;
     api.apply(json!({"kind": "Node", "metadata": {"name": "here"}}));
@@ -217,7 +125,7 @@ async fn changes_are_followed() {
 #[tokio::test]
 async fn a_lost_connection_is_resumed_where_it_was() {
     let api = KubeApi::start().await;
-    let mut running = Running::follow("resume", &api).await;
+    let mut running = follow("resume", &api).await;
     watches(&api, 1).await;
     for round in 1..=3 {
         api.refuse(true);
@@ -238,7 +146,7 @@ async fn a_lost_connection_is_resumed_where_it_was() {
 async fn watches_that_end_at_once_are_not_asked_for_in_a_storm() {
     let api = KubeApi::start().await;
     api.end_watches(true);
-    let mut running = Running::follow("storm", &api).await;
+    let mut running = follow("storm", &api).await;
     watches(&api, 1).await;
     let before = api.count(Resource::Services, Verb::Watch);
     tokio::time::sleep(Duration::from_millis(1200)).await;
@@ -254,7 +162,7 @@ async fn watches_that_end_at_once_are_not_asked_for_in_a_storm() {
 #[tokio::test]
 async fn a_bookmark_saves_a_list() {
     let api = KubeApi::start().await;
-    let mut running = Running::follow("bookmark", &api).await;
+    let mut running = follow("bookmark", &api).await;
     watches(&api, 1).await;
     for i in 0..10 {
         api.apply(slice(&format!("web-{i}"), "web"));
@@ -278,7 +186,7 @@ async fn after_the_end_of_history_a_list_removes_what_was_deleted_meanwhile() {
             api.apply(service(name));
             api.apply(slice(&format!("{name}-1"), name));
         }
-        let mut running = Running::follow(&format!("gone-{gone:?}"), &api).await;
+        let mut running = follow(&format!("gone-{gone:?}"), &api).await;
         watches(&api, 1).await;
         api.refuse(true);
         api.delete(Resource::Services, "default", "a");
@@ -287,7 +195,7 @@ async fn after_the_end_of_history_a_list_removes_what_was_deleted_meanwhile() {
         api.compact(gone);
         api.refuse(false);
         running.until_services(&["b", "c"]).await;
-        running.until("no endpoint", |running| running.endpoints("b") == 0).await;
+        running.until("no endpoint", |running| endpoints(running, "b") == 0).await;
         assert!(api.count(Resource::Services, Verb::List) >= 2, "{gone:?}");
         api.apply(service("d"));
         running.until_services(&["b", "c", "d"]).await;
@@ -307,7 +215,7 @@ async fn foreign_and_headless_objects_do_not_arrive_and_go_when_they_become_so()
     api.apply(labelled(service("foreign"), proxy, "other"));
     api.apply(labelled(slice("foreign-1", "foreign"), proxy, "other"));
     api.apply(labelled(slice("headless-1", "headless"), headless, ""));
-    let mut running = Running::follow("selectors", &api).await;
+    let mut running = follow("selectors", &api).await;
     assert_eq!(running.services(), BTreeSet::from(["web".to_owned()]));
     let listed = running.changes.iter().find_map(|change| match change {
         Change::SlicesReplaced(slices) => Some(slices.len()),
@@ -329,7 +237,7 @@ async fn a_server_that_fails_at_the_start_is_waited_for() {
     let api = KubeApi::start().await;
     api.apply(service("web"));
     api.fail(None, 500);
-    let mut running = Running::start("ill", &api.url(), &[]);
+    let mut running = start("ill", &api.url(), &[]);
     eventually("a second attempt", || api.count(Resource::Services, Verb::List) >= 2).await;
     running.settle().await;
     assert_eq!((running.synced, running.changes.len()), (0, 0));
@@ -344,7 +252,7 @@ async fn nothing_is_synced_before_every_kind_was_listed() {
     let api = KubeApi::start().await;
     api.apply(service("web"));
     api.fail(Some(Resource::EndpointSlices), 403);
-    let mut running = Running::start("forbidden", &api.url(), &[]);
+    let mut running = start("forbidden", &api.url(), &[]);
     running.until_services(&["web"]).await;
     eventually("a second attempt", || api.count(Resource::EndpointSlices, Verb::List) >= 2).await;
     running.settle().await;
@@ -358,7 +266,7 @@ async fn nothing_is_synced_before_every_kind_was_listed() {
 async fn a_server_that_fails_later_changes_nothing() {
     let api = KubeApi::start().await;
     api.apply(service("web"));
-    let mut running = Running::follow("later", &api).await;
+    let mut running = follow("later", &api).await;
     watches(&api, 1).await;
     api.fail(None, 503);
     api.disconnect();
@@ -376,7 +284,7 @@ async fn a_server_that_is_not_there_yet_is_waited_for() {
     let reserved = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = reserved.local_addr().expect("its address");
     drop(reserved);
-    let mut running = Running::start("absent", &format!("http://{address}"), &[]);
+    let mut running = start("absent", &format!("http://{address}"), &[]);
     running.settle().await;
     assert!(!running.task.is_finished());
     let api = KubeApi::serve(TcpListener::bind(address).expect("the same port"));
@@ -395,7 +303,7 @@ async fn the_next_of_several_servers_takes_over() {
     apis[0].refuse(true);
     let servers = [apis[0].url(), apis[1].url()];
     // The kubeconfig's own server is replaced: it would never answer.
-    let mut running = Running::start("failover", "http://127.0.0.1:1", &servers);
+    let mut running = start("failover", "http://127.0.0.1:1", &servers);
     running.until("synced", |running| running.synced == 1).await;
     assert_eq!(apis[0].requests().len(), 0);
     watches(&apis[1], 1).await;
@@ -414,7 +322,7 @@ async fn the_next_of_several_servers_takes_over() {
 async fn the_kubeconfigs_token_is_used_and_a_refused_one_is_tried_again() {
     let api = KubeApi::start().await;
     api.require_token("another");
-    let mut running = Running::start("token", &api.url(), &[]);
+    let mut running = start("token", &api.url(), &[]);
     eventually("a second attempt", || api.count(Resource::Services, Verb::List) >= 2).await;
     assert_eq!(running.synced, 0);
     api.require_token("secret");
@@ -425,7 +333,7 @@ async fn the_kubeconfigs_token_is_used_and_a_refused_one_is_tried_again() {
 #[tokio::test]
 async fn a_configuration_that_cannot_work_is_an_error_that_names_it() {
     let folder = Folder::new("broken");
-    let (sender, _receiver) = mpsc::channel(1);
+    let (sender, _receiver) = tokio::sync::mpsc::channel(1);
     let run = |path: PathBuf, servers: &[&str]| {
         let servers = servers.iter().map(|server| (*server).to_owned()).collect();
         let sender = sender.clone();
@@ -440,7 +348,7 @@ async fn a_configuration_that_cannot_work_is_an_error_that_names_it() {
     let broken = folder.0.join("broken");
     std::fs::write(&broken, "clusters: [").expect("a file can be written");
     assert!(run(broken.clone(), &[]).await.contains(&broken.display().to_string()));
-    let sound = folder.kubeconfig("https://192.0.2.1:6443", "secret");
+    let sound = kubeconfig(&folder, "https://192.0.2.1:6443", "secret");
     assert!(run(sound, &["ftp://192.0.2.1"]).await.contains("ftp://192.0.2.1"));
 }
 
@@ -448,7 +356,7 @@ async fn a_configuration_that_cannot_work_is_an_error_that_names_it() {
 #[tokio::test]
 async fn the_source_ends_when_nobody_listens() {
     let api = KubeApi::start().await;
-    let mut running = Running::follow("end", &api).await;
+    let mut running = follow("end", &api).await;
     running.receiver.close();
     let result = timeout(PATIENCE, &mut running.task).await.expect("ends in time").expect("no panic");
     assert!(result.is_ok());

@@ -6,56 +6,23 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
-use sheave::config::NodePortAddresses;
-use sheave::model::{Change, Model, ModelOptions};
-use sheave::source::{self, SourceError, SourceEvent};
-use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout};
+use sheave::model::Change;
+use sheave::source;
+use sheave_tests::follower::{Folder, Follower, HERE, PATIENCE};
+use tokio::time::timeout;
 
-/// More than anything here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// Long enough for what must not happen to have happened: several times the source's own pause.
-const SILENCE: Duration = Duration::from_millis(300);
-
-/// A folder that goes with its value.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("sheave-manifests-source-{}-{name}", std::process::id()));
-        fs::create_dir_all(&path).expect("a temporary folder");
-        Self(path)
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-
-    fn write(&self, name: &str, text: &str) {
-        fs::write(self.path(name), text).expect("a file can be written");
-    }
-
-    /// As editors save: a file beside it, moved over it.
-    fn save(&self, name: &str, text: &str) {
-        let beside = self.path(&format!(".{name}.swp"));
-        fs::write(&beside, text).expect("a file can be written");
-        fs::rename(beside, self.path(name)).expect("a file can be moved");
-    }
-
-    fn remove(&self, name: &str) {
-        fs::remove_file(self.path(name)).expect("the file is there");
-    }
+/// As editors save: a file beside it, moved over it.
+fn save(folder: &Folder, name: &str, text: &str) {
+    let beside = format!(".{name}.swp");
+    folder.write(&beside, text);
+    fs::rename(folder.path(&beside), folder.path(name)).expect("a file can be moved");
 }
 
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _: io::Result<()> = fs::remove_dir_all(&self.0);
-    }
+fn remove(folder: &Folder, name: &str) {
+    fs::remove_file(folder.path(name)).expect("the file is there");
 }
 
 fn service(name: &str) -> String {
@@ -95,88 +62,22 @@ impl io::Write for Log {
     }
 }
 
-/// A running source and a model that takes in what it reports.
-struct Running {
-    receiver: mpsc::Receiver<SourceEvent>,
-    task: JoinHandle<Result<(), SourceError>>,
-    model: Model,
-    synced: usize,
-    changes: Vec<Change>,
+fn start(directory: &Path) -> Follower {
+    let directory = directory.to_owned();
+    Follower::start(|sender| source::manifests::run(directory, HERE.to_owned(), sender), ())
 }
 
-impl Running {
-    fn start(directory: &Path) -> Self {
-        let (sender, receiver) = mpsc::channel(16);
-        let run = source::manifests::run(directory.to_owned(), "here".to_owned(), sender);
-        let options = ModelOptions {
-            node_name: "here".to_owned(),
-            external_ips: true,
-            nodeport_addresses: NodePortAddresses::Primary,
-        };
-        Self { receiver, task: tokio::spawn(run), model: Model::new(options), synced: 0, changes: Vec::new() }
-    }
-
-    async fn follow(directory: &Path) -> Self {
-        let mut running = Self::start(directory);
-        running.until("synced", |running| running.synced == 1).await;
-        running
-    }
-
-    fn take(&mut self, event: SourceEvent) {
-        match event {
-            SourceEvent::Synced => self.synced += 1,
-            SourceEvent::Changes(changes) => {
-                for change in changes {
-                    self.changes.push(change.clone());
-                    self.model.apply(change);
-                }
-            }
-        }
-    }
-
-    async fn until(&mut self, what: &str, condition: impl Fn(&Self) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        while !condition(self) {
-            match tokio::time::timeout_at(deadline, self.receiver.recv()).await {
-                Ok(Some(event)) => self.take(event),
-                Ok(None) => panic!("the source ended while waiting for: {what}"),
-                Err(_) => panic!("waited in vain for: {what}; services are {:?}", self.services()),
-            }
-        }
-    }
-
-    async fn until_services(&mut self, names: &[&str]) {
-        let names: BTreeSet<String> = names.iter().map(|name| (*name).to_owned()).collect();
-        self.until(&format!("services {names:?}"), |running| running.services() == names).await;
-    }
-
-    async fn until_port(&mut self, port: u16) {
-        self.until(&format!("port {port}"), |running| running.ports() == BTreeSet::from([port])).await;
-    }
-
-    /// Takes in whatever comes for a moment, and returns how much that was.
-    async fn settle(&mut self) -> usize {
-        let before = self.changes.len();
-        while let Ok(Some(event)) = timeout(SILENCE, self.receiver.recv()).await {
-            self.take(event);
-        }
-        self.changes.len() - before
-    }
-
-    fn services(&self) -> BTreeSet<String> {
-        self.model.services().map(|key| key.name.clone()).collect()
-    }
-
-    fn ports(&self) -> BTreeSet<u16> {
-        let desired = self.model.services().flat_map(|key| self.model.desired(key).into_values());
-        desired.flat_map(|port| port.frontends.into_keys()).map(|frontend| frontend.port()).collect()
-    }
+async fn follow(directory: &Path) -> Follower {
+    start(directory).synced().await
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
+fn ports(follower: &Follower) -> BTreeSet<u16> {
+    let desired = follower.model.services().flat_map(|key| follower.model.desired(key).into_values());
+    desired.flat_map(|port| port.frontends.into_keys()).map(|frontend| frontend.port()).collect()
+}
+
+async fn until_port(follower: &mut Follower, port: u16) {
+    follower.until(&format!("port {port}"), |follower| ports(follower) == BTreeSet::from([port])).await;
 }
 
 /// Otherwise a machine would start without the Services that its folder describes.
@@ -197,7 +98,7 @@ async fn what_is_in_the_folder_is_reported_and_then_synced_once() {
     fs::create_dir(folder.path("folder.yaml")).expect("a folder can be made");
     let log = Log::default();
     let _guard = log.follow();
-    let mut running = Running::follow(&folder.0).await;
+    let mut running = follow(&folder.0).await;
     assert_eq!(running.services(), ["a", "b", "c", "d"].map(str::to_owned).into());
     let nodes = running.changes.iter().filter(|change| matches!(change, Change::Node(_))).count();
     assert_eq!(nodes, 1, "only this node's");
@@ -210,7 +111,7 @@ async fn what_is_in_the_folder_is_reported_and_then_synced_once() {
 #[tokio::test]
 async fn an_empty_folder_is_synced() {
     let folder = Folder::new("empty");
-    let running = Running::follow(&folder.0).await;
+    let running = follow(&folder.0).await;
     assert!(running.changes.is_empty());
 }
 
@@ -218,16 +119,16 @@ async fn an_empty_folder_is_synced() {
 #[tokio::test]
 async fn files_that_are_written_saved_renamed_and_deleted_are_followed() {
     let folder = Folder::new("follow");
-    let mut running = Running::follow(&folder.0).await;
+    let mut running = follow(&folder.0).await;
     folder.write("a.yaml", &service_at("a", 80));
-    running.until_port(80).await;
+    until_port(&mut running, 80).await;
     folder.write("a.yaml", &service_at("a", 81));
-    running.until_port(81).await;
-    folder.save("a.yaml", &service_at("a", 82));
-    running.until_port(82).await;
-    folder.save("b.yaml", &service("b"));
+    until_port(&mut running, 81).await;
+    save(&folder, "a.yaml", &service_at("a", 82));
+    until_port(&mut running, 82).await;
+    save(&folder, "b.yaml", &service("b"));
     running.until_services(&["a", "b"]).await;
-    folder.remove("b.yaml");
+    remove(&folder, "b.yaml");
     running.until_services(&["a"]).await;
     fs::rename(folder.path("a.yaml"), folder.path("c.yaml")).expect("a file can be moved");
     assert_eq!(running.settle().await, 0, "the same object from another file is no change");
@@ -240,7 +141,7 @@ async fn files_that_are_written_saved_renamed_and_deleted_are_followed() {
 async fn only_what_differs_is_reported() {
     let folder = Folder::new("differs");
     folder.write("a.yaml", &format!("{}---\n{}", service_at("a", 80), service_at("b", 81)));
-    let mut running = Running::follow(&folder.0).await;
+    let mut running = follow(&folder.0).await;
     let before = running.changes.len();
     folder.write("a.yaml", &format!("# a comment\n{}---\n{}", service_at("a", 80), service_at("b", 82)));
     running.until("a change", |running| running.changes.len() > before).await;
@@ -254,7 +155,7 @@ async fn a_file_is_read_when_its_writer_has_finished() {
     let folder = Folder::new("half");
     let log = Log::default();
     let _guard = log.follow();
-    let mut running = Running::follow(&folder.0).await;
+    let mut running = follow(&folder.0).await;
     let text = format!("{}---\n{}", service("a"), service("b"));
     let (first, second) = text.split_at(text.len() - 20);
     let mut file = fs::File::create(folder.path("a.yaml")).expect("a file can be made");
@@ -274,7 +175,7 @@ async fn a_broken_file_is_named_once_with_its_line_and_changes_nothing() {
     let _guard = log.follow();
     folder.write("a.yaml", &service("a"));
     folder.write("b.yaml", &service("b"));
-    let mut running = Running::follow(&folder.0).await;
+    let mut running = follow(&folder.0).await;
     let broken = format!("{}---\n{}", service("c"), service("d").replace("name: d", "name: [d"));
     folder.write("a.yaml", &broken);
     assert_eq!(running.settle().await, 0);
@@ -285,7 +186,7 @@ async fn a_broken_file_is_named_once_with_its_line_and_changes_nothing() {
     let line = lines[0].split("line ").nth(1).and_then(|rest| rest.split(':').next()?.parse::<u64>().ok());
     assert!(line.is_some_and(|line| (13..=18).contains(&line)), "{lines:?}");
     folder.write("b.yaml", &service_at("b", 81));
-    running.until("others go on", |running| running.ports().contains(&81)).await;
+    running.until("others go on", |running| ports(&running).contains(&81)).await;
     folder.write("a.yaml", &service("e"));
     running.until_services(&["b", "e"]).await;
     assert_eq!(log.lines_with("can be read again").len(), 1);
@@ -298,7 +199,7 @@ async fn a_wrong_type_is_named_with_its_line() {
     let log = Log::default();
     let _guard = log.follow();
     folder.write("a.yaml", &service("a").replace("port: 80", "port: http"));
-    let running = Running::follow(&folder.0).await;
+    let running = follow(&folder.0).await;
     assert!(running.services().is_empty());
     assert_eq!(log.lines_with("line 8").len(), 1, "{:?}", log.lines_with("a.yaml"));
 }
@@ -310,17 +211,17 @@ async fn an_object_in_two_files_is_reported_with_both_names_and_the_first_counts
     let log = Log::default();
     let _guard = log.follow();
     folder.write("b.yaml", &service_at("web", 81));
-    let mut running = Running::follow(&folder.0).await;
+    let mut running = follow(&folder.0).await;
     folder.write("c.yaml", &service_at("web", 82));
     assert_eq!(running.settle().await, 0);
     let lines = log.lines_with("several files");
     assert!(lines.len() == 1 && lines[0].contains("b.yaml") && lines[0].contains("c.yaml"), "{lines:?}");
     folder.write("a.yaml", &service_at("web", 80));
-    running.until_port(80).await;
-    folder.remove("a.yaml");
-    running.until_port(81).await;
-    folder.remove("b.yaml");
-    running.until_port(82).await;
+    until_port(&mut running, 80).await;
+    remove(&folder, "a.yaml");
+    until_port(&mut running, 81).await;
+    remove(&folder, "b.yaml");
+    until_port(&mut running, 82).await;
 }
 
 /// Otherwise replacing the folder (a checkout, a mount) would end everything, or stop Sheave from following.
@@ -328,7 +229,7 @@ async fn an_object_in_two_files_is_reported_with_both_names_and_the_first_counts
 async fn a_folder_that_goes_and_comes_back_leaves_no_gap() {
     let parent = Folder::new("comes-and-goes");
     let directory = parent.path("manifests");
-    let mut running = Running::start(&directory);
+    let mut running = start(&directory);
     running.settle().await;
     assert_eq!(running.synced, 0, "nothing is known before the folder is there");
     fs::create_dir(&directory).expect("a folder can be made");
@@ -363,10 +264,10 @@ async fn a_mounted_config_map_is_followed() {
     };
     version(80);
     std::os::unix::fs::symlink("..data/a.yaml", folder.path("a.yaml")).expect("a link can be made");
-    let mut running = Running::follow(&folder.0).await;
-    running.until_port(80).await;
+    let mut running = follow(&folder.0).await;
+    until_port(&mut running, 80).await;
     version(81);
-    running.until_port(81).await;
+    until_port(&mut running, 81).await;
 }
 
 /// Otherwise a release that is switched by turning a link would go unnoticed.
@@ -378,18 +279,18 @@ async fn a_link_to_the_folder_can_be_turned() {
         fs::write(parent.path(name).join("a.yaml"), service_at("a", port)).expect("a file can be written");
     }
     std::os::unix::fs::symlink("one", parent.path("current")).expect("a link can be made");
-    let mut running = Running::follow(&parent.path("current")).await;
-    running.until_port(80).await;
+    let mut running = follow(&parent.path("current")).await;
+    until_port(&mut running, 80).await;
     std::os::unix::fs::symlink("two", parent.path("next")).expect("a link can be made");
     fs::rename(parent.path("next"), parent.path("current")).expect("a link can be moved");
-    running.until_port(81).await;
+    until_port(&mut running, 81).await;
 }
 
 /// Otherwise a burst of a thousand files would be a thousand passes over the kernel's maps.
 #[tokio::test]
 async fn a_burst_of_files_is_few_reports() {
     let folder = Folder::new("burst");
-    let mut running = Running::follow(&folder.0).await;
+    let mut running = follow(&folder.0).await;
     for i in 0..500 {
         folder.write(&format!("{i}.yaml"), &service_at(&format!("web-{i}"), 1000 + i));
     }
@@ -402,7 +303,7 @@ async fn a_burst_of_files_is_few_reports() {
     assert!(reports < 50, "{reports} reports");
     let mut all = String::new();
     for i in 0..500 {
-        folder.remove(&format!("{i}.yaml"));
+        remove(&folder, &format!("{i}.yaml"));
         write!(all, "---\n{}", service_at(&format!("web-{i}"), 1000 + i)).expect("a string can be written");
     }
     folder.write("all.yaml", &all);
@@ -414,7 +315,7 @@ async fn a_burst_of_files_is_few_reports() {
 #[tokio::test]
 async fn the_source_ends_when_nobody_listens() {
     let folder = Folder::new("end");
-    let mut running = Running::follow(&folder.0).await;
+    let mut running = follow(&folder.0).await;
     running.receiver.close();
     let result = timeout(PATIENCE, &mut running.task).await.expect("ends in time").expect("no panic");
     assert!(result.is_ok());
