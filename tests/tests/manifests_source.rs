@@ -186,7 +186,7 @@ async fn a_broken_file_is_named_once_with_its_line_and_changes_nothing() {
     let line = lines[0].split("line ").nth(1).and_then(|rest| rest.split(':').next()?.parse::<u64>().ok());
     assert!(line.is_some_and(|line| (13..=18).contains(&line)), "{lines:?}");
     folder.write("b.yaml", &service_at("b", 81));
-    running.until("others go on", |running| ports(&running).contains(&81)).await;
+    running.until("others go on", |running| ports(running).contains(&81)).await;
     folder.write("a.yaml", &service("e"));
     running.until_services(&["b", "e"]).await;
     assert_eq!(log.lines_with("can be read again").len(), 1);
