@@ -19,8 +19,9 @@ const HOOKS: [(&str, &str, AttachType); 4] = [
 
 /// Attaches the connect-time programs to a cgroup, or swaps those that are there.
 pub(super) fn attach(programs: &Programs, pins: &Path, cgroup: &Path) -> Result<(), DataplaneError> {
-    let directory = File::open(cgroup).map_err(DataplaneError::file("open the cgroup", cgroup))?;
-    let id = directory.metadata().map_err(DataplaneError::file("inspect the cgroup", cgroup))?.ino();
+    let unusable = |source| DataplaneError::Cgroup { path: cgroup.to_owned(), source };
+    let directory = File::open(cgroup).map_err(unusable)?;
+    let id = directory.metadata().map_err(unusable)?.ino();
     for (pin, program, attach_type) in HOOKS {
         let pin = pins.join(pin);
         let fd = programs.fd(program)?;

@@ -132,6 +132,17 @@ pub enum DataplaneError {
     /// No cgroup v2 hierarchy.
     #[error("no cgroup v2 hierarchy is mounted; mount one, give --cgroup, or use --connect off")]
     NoCgroup,
+    /// The cgroup can't be used.
+    #[error(
+        "cannot open the cgroup {}; give a directory of the cgroup v2 hierarchy as --cgroup, or use --connect off",
+        path.display()
+    )]
+    Cgroup {
+        /// Directory.
+        path: PathBuf,
+        /// What open or stat said.
+        source: io::Error,
+    },
     /// Something else failed.
     #[error("cannot {action} {}", path.display())]
     File {
