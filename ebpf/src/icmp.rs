@@ -134,13 +134,15 @@ fn rewrite_quoted<C: Context>(
     old: &Tuple<Ipv4Address>,
     new: &Tuple<Ipv4Address>,
 ) -> bool {
-    quoted(ctx, packet.transport::<C>(), protocol, old, new).is_some()
+    let end = packet.network::<C>() + packet.length;
+    quoted(ctx, packet.transport::<C>(), end, protocol, old, new).is_some()
 }
 
 #[inline(always)]
 fn quoted<C: Context>(
     ctx: &C,
     icmp: u32,
+    end: u32,
     protocol: u8,
     old: &Tuple<Ipv4Address>,
     new: &Tuple<Ipv4Address>,
@@ -157,7 +159,10 @@ fn quoted<C: Context>(
     let mut total = addresses + difference(u32::from(before), u32::from(after)) + ports;
     let udp = protocol == PROTOCOL_UDP;
     let offset = inner + ipv4::LENGTH + if udp { transport::UDP_CHECKSUM } else { transport::TCP_CHECKSUM };
-    if let Some(before) = ctx.load::<u16>(offset) {
+    // Behind the message there may be a frame's padding.
+    if offset + 2 <= end
+        && let Some(before) = ctx.load::<u16>(offset)
+    {
         let after = if udp {
             checksum::update_udp(before, addresses + ports)
         } else {

@@ -87,6 +87,19 @@ fn a_redirect_about_a_translated_flow_is_dropped() {
     assert_eq!(programs.dropped(DropReason::IcmpRedirect).unwrap(), 1);
 }
 
+/// An error in a padded frame would arrive with a wrong checksum, and path-MTU discovery fail.
+#[test]
+fn a_frames_padding_is_no_part_of_an_error() {
+    let mut programs = two_services();
+    connect(&mut programs);
+    let quoted = Packet::tcp(CLIENT, BACKEND, ACK).build();
+    let mut frame = Packet::icmp(ROUTER, "10.1.0.1", 3, 4, &quoted).build().to_vec();
+    frame.extend_from_slice(&[0xa5; 32]);
+    let out = pod(&mut programs, "pod_egress", &frame);
+    View(&out.packet).assert_checksums();
+    assert_eq!(out.packet[out.packet.len() - 32..], [0xa5; 32]);
+}
+
 #[test]
 fn errors_about_other_peoples_packets_pass_untouched() {
     let mut programs = two_services();
