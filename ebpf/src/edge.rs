@@ -108,11 +108,7 @@ fn leave<C: Context>(ctx: &C, network: u32, origin: Origin, packet: &mut Packet<
 #[inline(always)]
 fn apply<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, flow: &Flow<Ipv4Address>) -> Verdict {
     if flow.flags & flags::REDIRECT != 0 {
-        let verdict = forward::by_route(ctx, packet, flow);
-        if matches!(verdict, Verdict::Action(_) | Verdict::Transmit) {
-            observe::packet(flow.service_id, packet.length);
-        }
-        return verdict;
+        return forward::by_route(ctx, packet, flow);
     }
     if C::XDP {
         return Verdict::Pass;

@@ -14,9 +14,8 @@ use crate::context::Context;
 use crate::edge::Verdict;
 use crate::maps::INTERFACES_MAP;
 use crate::packet::{Packet, ethernet};
-use crate::reject;
 use crate::route::{self, NoRoute, Route};
-use crate::translate;
+use crate::{observe, reject, translate};
 
 /// AF_INET
 const AF_INET: u32 = 2;
@@ -45,6 +44,8 @@ fn translate_and_send<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, flow: &
     if translate::rewrite(ctx, packet, &flow.rewrite, true).is_none() {
         return Verdict::Drop(DropReason::RewriteFailed);
     }
+    // What is answered instead has returned above: it is counted as that, not as traffic of the service.
+    observe::packet(flow.service_id, packet.length);
     send(ctx, &route)
 }
 
