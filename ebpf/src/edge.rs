@@ -9,7 +9,7 @@ use sheave_common::frontend::{FrontendKey, flags as frontend_flags};
 use sheave_common::{DropReason, Ipv4Address, PROTOCOL_TCP};
 
 use crate::balance::Origin;
-use crate::context::Context;
+use crate::context::{Addressee, Context};
 use crate::maps::{self, Family as _};
 use crate::packet::transport::flags as tcp;
 use crate::packet::{Kind, Packet, ipv4};
@@ -58,6 +58,12 @@ pub fn ingress<C: Context>(ctx: &C, network: u32, origin: Origin) -> Verdict {
 
 #[inline(always)]
 fn enter<C: Context>(ctx: &C, network: u32, origin: Origin, packet: &mut Packet<Ipv4Address>) -> Verdict {
+    match ctx.addressee() {
+        Addressee::Us => {}
+        // A pod's veth may be a bridge port, and its frames go to the bridge.
+        Addressee::AnotherHost if origin == Origin::Inside => {}
+        _ => return Verdict::Pass,
+    }
     match ipv4::parse(ctx, network, edge(ctx, origin), packet) {
         Kind::Transport => {}
         _ if C::XDP => return Verdict::Pass,

@@ -37,6 +37,7 @@ pub struct Packet {
     fragment: u16,
     payload: Vec<u8>,
     udp_checksum: bool,
+    to_mac: [u8; 6],
 }
 
 impl Packet {
@@ -53,6 +54,7 @@ impl Packet {
             fragment: 0,
             payload: Vec::new(),
             udp_checksum: true,
+            to_mac: NODE_MAC,
         }
     }
 
@@ -102,6 +104,13 @@ impl Packet {
     #[must_use]
     pub fn fragment(mut self, fragment: u16) -> Self {
         self.fragment = fragment;
+        self
+    }
+
+    /// In a frame to this MAC address.
+    #[must_use]
+    pub fn to_mac(mut self, mac: [u8; 6]) -> Self {
+        self.to_mac = mac;
         self
     }
 
@@ -176,7 +185,7 @@ impl Packet {
         let checksum = !sum(&header);
         header[10..12].copy_from_slice(&checksum.to_be_bytes());
         let mut frame = BytesMut::new();
-        frame.put_slice(&NODE_MAC);
+        frame.put_slice(&self.to_mac);
         frame.put_slice(&CLIENT_MAC);
         frame.put_u16(0x0800);
         frame.put_slice(&header);

@@ -5,6 +5,17 @@ mod xdp;
 
 use core::ffi::c_void;
 
+/// Whom a frame is addressed to, by its destination MAC address.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Addressee {
+    /// This interface; under XDP, which does not know the interface's address, any single one.
+    Us,
+    /// Another interface. A bridge's ports see such frames, and an uplink in promiscuous mode.
+    AnotherHost,
+    /// Broadcast or multicast.
+    Group,
+}
+
 /// A packet under a program.
 pub trait Context {
     /// The packet is an XDP frame: what can't be finished here goes up to tc untouched.
@@ -14,6 +25,8 @@ pub trait Context {
     fn as_ptr(&self) -> *mut c_void;
     /// Interface that the program runs on.
     fn ifindex(&self) -> u32;
+    /// Whom the frame is addressed to.
+    fn addressee(&self) -> Addressee;
     /// Bytes of the whole packet, link-layer header included.
     fn length(&self) -> u32;
     /// Bytes of payload in each segment of a GSO packet; 0 if it isn't one.

@@ -7,7 +7,12 @@ use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::helpers::generated::bpf_skb_load_bytes;
 use aya_ebpf::programs::TcContext;
 
-use super::Context;
+use super::{Addressee, Context};
+
+/// The kernel's PACKET_HOST (linux/if_packet.h)
+const PACKET_HOST: u32 = 0;
+/// The kernel's PACKET_OTHERHOST
+const PACKET_OTHERHOST: u32 = 3;
 
 /// A one's-complement sum folded to 32 bits, as the checksum helpers take it.
 #[inline(always)]
@@ -28,6 +33,16 @@ impl Context for TcContext {
     fn ifindex(&self) -> u32 {
         // SAFETY: the kernel's context is valid while the program runs.
         unsafe { (*self.skb.skb).ifindex }
+    }
+
+    #[inline(always)]
+    fn addressee(&self) -> Addressee {
+        // SAFETY: the kernel's context is valid while the program runs.
+        match unsafe { (*self.skb.skb).pkt_type } {
+            PACKET_HOST => Addressee::Us,
+            PACKET_OTHERHOST => Addressee::AnotherHost,
+            _ => Addressee::Group,
+        }
     }
 
     #[inline(always)]

@@ -5,7 +5,7 @@ use core::ffi::c_void;
 use aya_ebpf::programs::XdpContext;
 use sheave_common::checksum;
 
-use super::Context;
+use super::{Addressee, Context};
 
 /// A pointer into the frame, if `T` fits there.
 #[inline(always)]
@@ -29,6 +29,14 @@ impl Context for XdpContext {
     fn ifindex(&self) -> u32 {
         // SAFETY: the kernel's context is valid while the program runs.
         unsafe { (*self.ctx).ingress_ifindex }
+    }
+
+    #[inline(always)]
+    fn addressee(&self) -> Addressee {
+        match self.load::<u8>(0) {
+            Some(first) if first & 1 == 0 => Addressee::Us,
+            _ => Addressee::Group,
+        }
     }
 
     #[inline(always)]

@@ -97,6 +97,7 @@ fn flows_of_two_pods_with_one_address_do_not_meet() {
     let mut programs = services(PROTOCOL_TCP);
     let packet = Packet::tcp(CLIENT, "10.96.0.10:80", SYN).build();
     pod(&mut programs, "pod_ingress", &packet);
+    let packet = Packet::tcp(CLIENT, "10.96.0.10:80", SYN).to_mac([0; 6]).build();
     let outside = programs.tc("uplink_ingress", &packet, sheave_tests::program::SkbContext::default()).unwrap();
     assert_eq!(View(&outside.packet).tuple(), format!("{CLIENT} → {BACKEND}"), "no port was moved");
     assert_eq!(programs.flows(names::HALF_OPEN4).unwrap().len(), 4);

@@ -162,6 +162,43 @@ fn xdp_leaves_everything_else_to_tc_untouched() {
     });
 }
 
+/// On a node whose uplink listens to everything (tcpdump), other nodes' connections to a shared address would be doubled.
+#[test]
+fn frames_for_another_host_are_left_alone() {
+    on_a_node(REMOTE, false, |programs, ifindex| {
+        let packets = [Packet::tcp(CLIENT, NODE, SYN), Packet::tcp(CLIENT, NODE, ACK), Packet::udp(CLIENT, NODE)];
+        for packet in packets.map(|packet| packet.to_mac([2, 0, 0, 0, 0, 0x77]).build()) {
+            let out = uplink(programs, "uplink_ingress", &packet, ifindex);
+            assert_eq!((out.action, out.packet), (NEXT, packet.to_vec()));
+        }
+        for mac in [[0xff; 6], [1, 0, 0x5e, 0, 0, 1]] {
+            let packet = Packet::udp(CLIENT, NODE).to_mac(mac).build();
+            let out = programs.xdp(&packet, ifindex).unwrap();
+            assert_eq!((out.action, out.packet), (XDP_PASS, packet.to_vec()));
+            let out = uplink(programs, "uplink_ingress", &packet, ifindex);
+            assert_eq!((out.action, out.packet), (NEXT, packet.to_vec()));
+        }
+        assert!(programs.flows(names::CONNTRACK4).unwrap().is_empty());
+        assert!(programs.flows(names::HALF_OPEN4).unwrap().is_empty());
+    });
+}
+
+/// With gso_ipv4_max_size above 64 KiB, bulk transfers through a nodePort would stop.
+#[test]
+fn a_gso_packet_that_is_too_long_for_its_length_field_is_translated() {
+    on_a_node(REMOTE, false, |programs, ifindex| {
+        uplink(programs, "uplink_ingress", &Packet::tcp(CLIENT, NODE, SYN).build(), ifindex);
+        let mut big = Packet::tcp(CLIENT, NODE, PSH | ACK).payload(&[7; 1_400]).build().to_vec();
+        big[16..18].fill(0);
+        let out = programs.tc("uplink_ingress", &big, SkbContext { ifindex, gso_size: 1_000, gso_segs: 2 }).unwrap();
+        assert_eq!(out.action, REDIRECT);
+        assert_eq!(out.packet[30..34], [10, 1, 1, 2], "sent to the backend");
+        assert_eq!(programs.dropped(DropReason::Malformed).unwrap(), 0);
+        let plain = uplink(programs, "uplink_ingress", &big, ifindex);
+        assert_eq!((plain.action, plain.packet), (NEXT, big), "without GSO it is nonsense");
+    });
+}
+
 #[test]
 fn a_packet_whose_ttl_runs_out_here_is_answered() {
     on_a_node(REMOTE, false, |programs, ifindex| {

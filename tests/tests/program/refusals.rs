@@ -145,6 +145,55 @@ fn what_cannot_be_translated_never_leaves_for_a_cluster_ip() {
     assert_eq!(programs.dropped(DropReason::UnsupportedProtocol).unwrap(), 1);
 }
 
+/// A segment with half a header would leave by the default route, to an address that is only a Service's.
+#[test]
+fn a_segment_cut_short_never_leaves_for_a_cluster_ip() {
+    let mut programs = two_services();
+    for (to, action) in [(VIP, DROP), ("10.1.0.9:80", NEXT)] {
+        let mut packet = Packet::tcp(CLIENT, to, SYN).build().to_vec();
+        packet[16..18].copy_from_slice(&32_u16.to_be_bytes());
+        packet.truncate(14 + 32);
+        let out = pod(&mut programs, "pod_ingress", &packet);
+        assert_eq!((out.action, out.packet), (action, packet));
+    }
+    assert_eq!(programs.dropped(DropReason::Malformed).unwrap(), 2);
+}
+
+/// Errors would be sent to everybody, and flows made that nobody can answer.
+#[test]
+fn packets_from_nobody_or_everybody_are_not_answered() {
+    let mut programs = two_services();
+    for from in ["0.0.0.0", "127.0.0.1", "224.0.0.1", "239.255.255.250", "255.255.255.255"] {
+        let from = format!("{from}:40000");
+        for packet in [
+            Packet::tcp(&from, VIP, SYN),
+            Packet::tcp(&from, VIP, ACK),
+            Packet::udp(&from, "10.96.0.10:53"),
+            Packet::udp(&from, "10.96.0.10:54"),
+        ] {
+            assert_eq!(pod(&mut programs, "pod_ingress", &packet.build()).action, DROP, "{packet:?}");
+        }
+    }
+    assert_eq!(programs.dropped(DropReason::MartianSource).unwrap(), 20);
+    assert!(programs.flows(names::HALF_OPEN4).unwrap().is_empty());
+    assert!(programs.flows(names::CONNTRACK4).unwrap().is_empty());
+}
+
+/// A frame that is sent to all hosts of a link would be answered, or sent on, by every node of it.
+#[test]
+fn frames_to_a_group_are_left_alone() {
+    let mut programs = two_services();
+    for mac in [[0xff; 6], [1, 0, 0x5e, 0, 0, 1]] {
+        for packet in [
+            Packet::tcp(CLIENT, VIP, SYN).to_mac(mac).build(),
+            Packet::udp(CLIENT, "10.96.0.10:54").to_mac(mac).build(),
+        ] {
+            let out = pod(&mut programs, "pod_ingress", &packet);
+            assert_eq!((out.action, out.packet), (NEXT, packet.to_vec()));
+        }
+    }
+}
+
 #[test]
 fn a_frontend_for_the_host_alone_is_invisible_to_packets() {
     let mut programs = Programs::load().unwrap();
@@ -169,7 +218,7 @@ fn policy_local_drops_outside_traffic_without_a_local_endpoint_and_the_short_cir
         affinity: 0,
     };
     programs.service(&service).unwrap();
-    let outside = Packet::tcp("198.51.100.7:40000", "192.0.2.1:30080", SYN).build();
+    let outside = Packet::tcp("198.51.100.7:40000", "192.0.2.1:30080", SYN).to_mac([0; 6]).build();
     let out = programs.tc("uplink_ingress", &outside, SkbContext::default()).unwrap();
     assert_eq!(out.action, DROP);
     assert_eq!(programs.dropped(DropReason::NoLocalEndpoint).unwrap(), 1);
