@@ -62,7 +62,11 @@ pub fn parse<C: Context>(ctx: &C, network: u32, edge: u32, packet: &mut Packet<I
         return Kind::NotOurs;
     }
     let header_length = header.header_length();
-    let total = u32::from(u16::from_be(header.total_length_be));
+    let total = match u32::from(u16::from_be(header.total_length_be)) {
+        // A GSO packet of more than 64 KiB says 0 (gso_ipv4_max_size, since kernel 6.3).
+        0 if ctx.segment_payload() != 0 => ctx.length() - network,
+        total => total,
+    };
     if header_length < LENGTH || total < header_length || total > ctx.length() - network {
         return Kind::Malformed;
     }
