@@ -41,6 +41,14 @@ impl Ipv4Address {
         Self { octets: word.to_ne_bytes() }
     }
 
+    /// Whether a packet from this address can be answered: it is not "this network", loopback, multicast or broadcast
+    /// (RFC 1122, 3.2.1.3).
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_one_host(self) -> bool {
+        !matches!(self.octets[0], 0 | 127 | 224..=239) && self.be_word() != u32::MAX
+    }
+
     /// The kernel's `__be32`: a word whose memory is the octets.
     #[inline(always)]
     #[must_use]

@@ -53,7 +53,7 @@ reasons! {
     RejectLimited = 15, "reject_limited";
     /// Dropped: the egress interface has no address to use as SNAT source.
     NoSourceAddress = 16, "no_source_address";
-    /// Passed untouched: lengths in the headers contradict the packet.
+    /// Passed untouched, or dropped on its way to a ClusterIP: lengths in the headers contradict the packet.
     Malformed = 17, "malformed";
     /// Left alone at connect time: the socket is bound to loopback and the backend is not.
     LoopbackSource = 18, "loopback_source";
@@ -61,6 +61,8 @@ reasons! {
     HairpinUnsupported = 19, "hairpin_unsupported";
     /// Dropped: the packet's protocol is not translated, and its destination is a service address.
     UnsupportedProtocol = 20, "unsupported_protocol";
+    /// Dropped: a packet to a frontend from an address that no single host can have.
+    MartianSource = 21, "martian_source";
 }
 
 /// Number of elements of `drop_counters`: room for new reasons without a new layout.

@@ -68,7 +68,7 @@ fn enter<C: Context>(ctx: &C, network: u32, origin: Origin, packet: &mut Packet<
         Kind::Transport => {}
         _ if C::XDP => return Verdict::Pass,
         Kind::NotOurs => return Verdict::Pass,
-        Kind::Malformed => return malformed(),
+        Kind::Malformed => return malformed(packet),
         Kind::IcmpError => {
             return icmp::error(ctx, packet, Direction::Ingress)
                 .unwrap_or_else(|| unsupported(packet, DropReason::UnsupportedProtocol));
@@ -137,13 +137,20 @@ fn miss<C: Context>(
     flow: &mut MaybeUninit<Flow<Ipv4Address>>,
 ) -> u64 {
     let verdict = match classify(packet) {
+        Unknown::Foreign => Verdict::Pass,
+        _ if !packet.key.tuple.source.is_one_host() => {
+            if C::XDP {
+                Verdict::Pass
+            } else {
+                Verdict::Drop(DropReason::MartianSource)
+            }
+        }
         Unknown::New => match create::flow(ctx, packet, origin, now, flow) {
             Ok(()) => return CREATED,
             Err(_) if C::XDP => Verdict::Pass,
             Err(DropReason::NoEndpoint) => reject::port_unreachable(ctx, packet, DropReason::NoEndpoint),
             Err(reason) => Verdict::Drop(reason),
         },
-        Unknown::Foreign => Verdict::Pass,
         _ if C::XDP => Verdict::Pass,
         Unknown::NoSuchPort => reject::port_unreachable(ctx, packet, DropReason::UnknownPort),
         Unknown::MidFlow if draining() => Verdict::Pass,
@@ -204,9 +211,12 @@ fn unsupported(packet: &Packet<Ipv4Address>, reason: DropReason) -> Verdict {
     if whole || (tuple.destination_port_be != 0 && port()) { Verdict::Drop(reason) } else { Verdict::Pass }
 }
 
-/// Passed untouched, and counted.
+/// Passed untouched, and counted; but the stack would forward what goes to an address that is a Service's as a whole.
 #[inline(always)]
-fn malformed() -> Verdict {
+fn malformed(packet: &Packet<Ipv4Address>) -> Verdict {
+    if Ipv4Address::frontend(&FrontendKey::whole_address(packet.key.tuple.destination)).is_some() {
+        return Verdict::Drop(DropReason::Malformed);
+    }
     observe::count(DropReason::Malformed);
     Verdict::Pass
 }
