@@ -12,7 +12,7 @@ use sheave_common::{DropReason, Ipv4Address, PROTOCOL_TCP, PROTOCOL_UDP};
 
 use crate::balance::{self, Origin};
 use crate::maps::{self, Family as _};
-use crate::{features, observe};
+use crate::{features, observe, versioned};
 
 /// The program's answer: go on.
 const ALLOW: i32 = 1;
@@ -121,9 +121,8 @@ fn balance(call: &Call<'_>, unconnected: bool) -> i32 {
     if unconnected && let Some(known) = Ipv4Address::socket_backend(&forward) {
         // SAFETY: as above.
         let known = unsafe { maps::copy(known) };
-        if Ipv4Address::backend(known.backend_id).is_some() {
-            set(call.ctx, known.address, known.port_be);
-            return ALLOW;
+        if Ipv4Address::backend(known.backend_id).is_some() && versioned::serves(&key, known.service_id) {
+            return point(call, &known);
         }
     }
     let client = Ipv4Address::node(call.config);
@@ -140,25 +139,40 @@ fn balance(call: &Call<'_>, unconnected: bool) -> i32 {
         observe::count(DropReason::LoopbackSource);
         return ALLOW;
     }
-    let peer = |address, port_be| SocketPeer {
-        address,
-        port_be,
+    let peer = SocketPeer {
+        address: backend.address,
+        port_be: backend.port_be,
         reserved: 0,
         service_id: backend.service_id,
         backend_id: choice.id,
     };
-    let reverse = SocketKey::new(call.cookie, backend.address, backend.port_be, call.protocol);
-    let remembered = Ipv4Address::insert_socket_frontend(&reverse, &peer(call.address, call.port_be));
-    if remembered.is_err() && call.protocol == PROTOCOL_UDP {
-        // Without it, the process would see answers from an address that it never asked.
-        observe::count(DropReason::ConntrackFull);
-        return REFUSE;
-    }
     if unconnected {
         // Without it, the socket's next datagram is a fresh choice.
-        let _ = Ipv4Address::insert_socket_backend(&forward, &peer(backend.address, backend.port_be));
+        let _ = Ipv4Address::insert_socket_backend(&forward, &peer);
     }
     observe::connection(backend.service_id);
+    point(call, &peer)
+}
+
+/// Points the call at a backend, and sees to it that the backend's answers come from the frontend that was called last:
+/// the socket may have reached the same backend through another one, or an LRU map may have forgotten.
+#[inline(always)]
+fn point(call: &Call<'_>, backend: &SocketPeer<Ipv4Address>) -> i32 {
+    let reverse = SocketKey::new(call.cookie, backend.address, backend.port_be, call.protocol);
+    let shown = Ipv4Address::socket_frontend(&reverse).is_some_and(|peer| {
+        // SAFETY: a map value stays readable while the program runs.
+        let peer = unsafe { maps::copy(peer) };
+        peer.address == call.address && peer.port_be == call.port_be
+    });
+    if !shown {
+        let frontend = SocketPeer { address: call.address, port_be: call.port_be, ..*backend };
+        let remembered = Ipv4Address::insert_socket_frontend(&reverse, &frontend);
+        if remembered.is_err() && call.protocol == PROTOCOL_UDP {
+            // Without it, the process would see answers from an address that it never asked.
+            observe::count(DropReason::ConntrackFull);
+            return REFUSE;
+        }
+    }
     set(call.ctx, backend.address, backend.port_be);
     ALLOW
 }

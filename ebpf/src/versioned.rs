@@ -48,6 +48,17 @@ pub fn frontend<A: Family>(key: &FrontendKey<A>) -> Result<Option<Frontend>, Dro
     read(|| A::frontend(key))
 }
 
+/// Whether a frontend is there and belongs to this service port. What says otherwise is looked at again, since it may have
+/// been an element that was just recycled.
+#[inline(always)]
+pub fn serves<A: Family>(key: &FrontendKey<A>, service_id: u32) -> bool {
+    (0..2).any(|_| {
+        A::frontend(key)
+            // SAFETY: a map value stays readable memory while the program runs, and this is one aligned word.
+            .is_some_and(|element| unsafe { (&raw const (*element).service_id).read_volatile() } == service_id)
+    })
+}
+
 /// A backend, whole.
 #[inline(always)]
 pub fn backend<A: Family>(id: u32) -> Result<Option<Backend<A>>, DropReason> {

@@ -65,6 +65,42 @@ fn a_host_process_asks_by_datagram() -> Result<()> {
     Ok(())
 }
 
+/// A resolver with two servers in /etc/resolv.conf would throw away the answers of one, where both are the same pod.
+#[test]
+fn one_socket_asks_two_services_with_one_backend_in_turn() -> Result<()> {
+    let scenario = start(PodNetwork::Bridged)?;
+    let addresses = [Ipv4Addr::new(10, 96, 0, 20), Ipv4Addr::new(10, 96, 0, 21)];
+    for (name, address) in ["first", "second"].into_iter().zip(addresses) {
+        scenario.publish(&Service::new(name, address).udp("udp", 53, server::UDP), [scenario.pod(1, 1)])?;
+    }
+    let mut command = scenario.agent.host_command(built("probe")?);
+    command.args(["udp-unconnected", &addresses.map(|address| format!("{address}:53")).join(","), "40"]);
+    let output = Process::start("probe", &mut command)?.finish(Duration::from_secs(60))?;
+    let answers: Answers = serde_json::from_str(&output)?;
+    answers.all_answered()
+}
+
+/// A long-lived socket would go on asking a Service that has given its port to another one.
+#[test]
+fn a_socket_follows_a_port_to_the_service_that_takes_it_over() -> Result<()> {
+    let scenario = start(PodNetwork::Bridged)?;
+    let service = |name, last, port| {
+        Service::new(name, Ipv4Addr::new(10, 96, 0, last)).udp("udp", 53, server::UDP).node_port(port)
+    };
+    let pods = [scenario.pod(1, 1), scenario.pod(1, 2)];
+    scenario.publish(&service("old", 20, 30_153), [pods[0]])?;
+    scenario.publish(&service("new", 21, 30_154), [pods[1]])?;
+    let mut command = scenario.agent.host_command(built("probe")?);
+    command.args(["udp-unconnected", &at(NODE, 30_153).to_string(), "60", "50"]);
+    let probe = Process::start("probe", &mut command)?;
+    std::thread::sleep(Duration::from_millis(500));
+    scenario.publish(&service("old", 20, 30_155), [pods[0]])?;
+    scenario.publish(&service("new", 21, 30_153), [pods[1]])?;
+    let answers: Answers = serde_json::from_str(&probe.finish(Duration::from_secs(60))?)?;
+    ensure!(answers.by_backend.len() == 2, "{:?} answered", answers.by_backend);
+    Ok(())
+}
+
 /// A process that only shares the cgroup, in another network, would find its own servers hidden behind our Services.
 #[test]
 fn a_process_of_another_network_in_the_same_cgroup_is_not_touched() -> Result<()> {

@@ -1,19 +1,25 @@
 //! A client that is a process of its own, because connect-time balancing looks at processes: their cgroup and their
 //! network namespace. Asks a server of `sheave_tests::server` and prints the counted answers as JSON.
 //!
-//! `probe tcp|udp|udp-unconnected ADDRESS:PORT COUNT`
+//! `probe tcp|udp|udp-unconnected ADDRESS:PORT[,ADDRESS:PORT] COUNT [PAUSE]`
+//!
+//! With several targets, the one socket of `udp-unconnected` asks them in turn. PAUSE is in milliseconds.
 
 use std::net::{SocketAddr, UdpSocket};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use sheave_tests::client::{self, Answers};
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [protocol, target, count] = arguments.as_slice() else {
-        bail!("usage: probe tcp|udp|udp-unconnected ADDRESS:PORT COUNT");
+    let [protocol, targets, count, pause @ ..] = arguments.as_slice() else {
+        bail!("usage: probe tcp|udp|udp-unconnected ADDRESS:PORT[,ADDRESS:PORT] COUNT [PAUSE]");
     };
-    let target: SocketAddr = target.parse().context("the target is an ADDRESS:PORT")?;
+    let targets: Result<Vec<SocketAddr>, _> = targets.split(',').map(str::parse).collect();
+    let targets = targets.context("a target is an ADDRESS:PORT")?;
+    let target = targets[0];
+    let pause = pause.first().map_or(Ok(0), |pause| pause.parse()).context("the pause is a number")?;
     let count: usize = count.parse().context("the count is a number")?;
     let answers = match protocol.as_str() {
         "tcp" => client::who_many(None, target, count, 2),
@@ -21,7 +27,11 @@ fn main() -> Result<()> {
         "udp-unconnected" => {
             let socket = UdpSocket::bind("0.0.0.0:0")?;
             socket.set_read_timeout(Some(client::LIMIT))?;
-            repeat(count, || unconnected(&socket, target))
+            let mut turn = targets.iter().cycle();
+            repeat(count, || {
+                std::thread::sleep(Duration::from_millis(pause));
+                unconnected(&socket, turn.next().copied().unwrap_or(target))
+            })
         }
         other => bail!("{other}: neither tcp nor udp nor udp-unconnected"),
     };
