@@ -4,6 +4,7 @@ use core::mem::MaybeUninit;
 
 use sheave_common::config::Config;
 use sheave_common::flow::{Flow, FlowKey, closing, flags, state};
+use sheave_common::frontend::FrontendKey;
 use sheave_common::{PROTOCOL_TCP, PROTOCOL_UDP};
 
 use crate::edge::Direction;
@@ -11,6 +12,7 @@ use crate::features;
 use crate::maps::{self, ANY, Family, NOEXIST, Table};
 use crate::packet::Packet;
 use crate::packet::transport::flags as tcp;
+use crate::versioned;
 
 /// Whether a flow has been idle for longer than its state allows.
 #[inline(always)]
@@ -38,7 +40,8 @@ pub fn closed<A>(flow: &Flow<A>) -> bool {
 }
 
 /// Finds the flow of a packet and keeps its state up to date. `None` is a miss, which includes flows that no longer count:
-/// expired ones, a SYN's flow that is closing or has lost its backend, and a UDP flow that has lost its backend; and flows
+/// expired ones; a SYN's or a datagram's flow whose backend is gone, or whose frontend is another service's by now; a SYN's
+/// flow that is closing; and flows
 /// whose packets travel the other way, which a sender on the wrong side must not change.
 ///
 /// The flow is a copy: the element may be evicted and reused at any time.
@@ -83,7 +86,9 @@ fn counts<A: Family>(flow: &Flow<A>, packet: &Packet<A>, now: u32, config: &Conf
     if flow.flags & flags::REPLY != 0 || !opens {
         return true;
     }
-    flow.closing == 0 && A::backend(flow.backend_id).is_some()
+    let tuple = &packet.key.tuple;
+    let frontend = FrontendKey::new(tuple.destination, tuple.destination_port_be, packet.key.protocol);
+    flow.closing == 0 && A::backend(flow.backend_id).is_some() && versioned::serves(&frontend, flow.service_id)
 }
 
 /// Writes what a packet changes in its flow. Most packets change nothing: `last_seen` moves once a second.

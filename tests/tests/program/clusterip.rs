@@ -122,6 +122,25 @@ fn udp_moves_to_another_backend_as_soon_as_its_own_is_gone() {
     assert_eq!(View(&moved.packet).destination(), address("10.1.0.3:5353"));
 }
 
+/// A long-lived flow would go on reaching a service that has given its port to another one, or was closed to it.
+#[test]
+fn udp_follows_a_port_to_the_service_that_takes_it_over() {
+    let mut programs = two_services();
+    let packet = Packet::udp("10.1.0.1:5000", "10.96.0.10:53").build();
+    pod(&mut programs, "pod_ingress", &packet);
+    programs.service(&cluster_ip(3, PROTOCOL_UDP, "10.96.0.10:53", &["10.1.0.3:5353"])).unwrap();
+    let moved = pod(&mut programs, "pod_ingress", &packet);
+    assert_eq!(View(&moved.packet).destination(), address("10.1.0.3:5353"));
+    let key = sheave_common::frontend::FrontendKey::new(
+        sheave_common::Ipv4Address { octets: [10, 96, 0, 10] },
+        53_u16.to_be(),
+        PROTOCOL_UDP,
+    );
+    programs.hash::<_, sheave_common::frontend::Frontend>(names::FRONTENDS4).unwrap().remove(&key).unwrap();
+    let refused = pod(&mut programs, "pod_ingress", &packet);
+    assert_eq!((refused.action, View(&refused.packet).icmp()), (REDIRECT, (3, 3)));
+}
+
 #[test]
 fn udp_without_a_checksum_stays_without_one() {
     let mut programs = two_services();
