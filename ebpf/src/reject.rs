@@ -13,7 +13,7 @@ use crate::edge::Verdict;
 use crate::features;
 use crate::maps::{self, REJECT_BUDGET};
 use crate::observe;
-use crate::packet::transport::{Tcp, flags as tcp};
+use crate::packet::transport::{TCP_CHECKSUM, Tcp, flags as tcp};
 use crate::packet::{Packet, ethernet, ipv4};
 
 /// Bytes of the original packet that an ICMP error carries: its header without options and eight more (RFC 792).
@@ -55,9 +55,13 @@ struct PseudoHeader {
     length_be: u16,
 }
 
-/// Port unreachable.
+/// Port unreachable. A reset, which says the same, where the packet's TCP checksum is unfinished: the kernel would finish it
+/// in the middle of the ICMP error. (A UDP checksum lies where the error has an unused field, and its sum stays right.)
 #[inline(always)]
 pub fn port_unreachable<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, reason: DropReason) -> Verdict {
+    if packet.key.protocol == PROTOCOL_TCP && unfinished(ctx, packet.transport::<C>() + TCP_CHECKSUM) {
+        return reset(ctx, packet, reason);
+    }
     icmp(ctx, packet, ICMP_UNREACHABLE, CODE_PORT, 0, reason)
 }
 
@@ -164,9 +168,22 @@ fn send_reset<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, reason: DropRea
         protocol_be: u16::from(PROTOCOL_TCP).to_be(),
         length_be: (size_of::<Tcp>() as u16).to_be(),
     };
-    let segment_sum = sum(&raw const answer, size_of::<ipv4::Header>(), size_of::<Tcp>());
-    answer.tcp.checksum = !fold(segment_sum + sum(&raw const pseudo, 0, size_of::<PseudoHeader>()));
+    let pseudo_sum = sum(&raw const pseudo, 0, size_of::<PseudoHeader>());
+    answer.tcp.checksum = if unfinished(ctx, packet.transport::<C>() + TCP_CHECKSUM) {
+        // The kernel adds the segment to it.
+        fold(pseudo_sum)
+    } else {
+        !fold(pseudo_sum + sum(&raw const answer, size_of::<ipv4::Header>(), size_of::<Tcp>()))
+    };
     replace(ctx, packet, &answer, reason)
+}
+
+/// Whether the sender left the checksum at this offset to the device (CHECKSUM_PARTIAL), which the kernel remembers even
+/// when the packet is replaced. A change of the data moves only a finished checksum; this one is about to be overwritten.
+#[inline(always)]
+fn unfinished<C: Context>(ctx: &C, offset: u32) -> bool {
+    let before = ctx.load::<u16>(offset);
+    ctx.adjust_checksum(offset, 1, false, false).is_some() && before == ctx.load::<u16>(offset)
 }
 
 /// An IPv4 header from the packet's destination to its source.
