@@ -83,7 +83,8 @@ fn one_socket_asks_two_services_with_one_backend_in_turn() -> Result<()> {
 /// A long-lived socket would go on asking a Service that has given its port to another one.
 #[test]
 fn a_socket_follows_a_port_to_the_service_that_takes_it_over() -> Result<()> {
-    let scenario = start(PodNetwork::Bridged)?;
+    // An API server gives out nodePorts itself, so this is about a folder.
+    let scenario = Scenario::start_with_folder(Shape { pod_counts: [2, 1], ..Shape::default() }, &[])?;
     let service = |name, last, port| {
         Service::new(name, Ipv4Addr::new(10, 96, 0, last)).udp("udp", 53, server::UDP).node_port(port)
     };
@@ -91,7 +92,7 @@ fn a_socket_follows_a_port_to_the_service_that_takes_it_over() -> Result<()> {
     scenario.publish(&service("old", 20, 30_153), [pods[0]])?;
     scenario.publish(&service("new", 21, 30_154), [pods[1]])?;
     let mut command = scenario.agent.host_command(built("probe")?);
-    command.args(["udp-unconnected", &at(NODE, 30_153).to_string(), "60", "50"]);
+    command.args(["udp-unconnected", &format!("{NODE}:30153"), "60", "50"]);
     let probe = Process::start("probe", &mut command)?;
     std::thread::sleep(Duration::from_millis(500));
     scenario.publish(&service("old", 20, 30_155), [pods[0]])?;
