@@ -74,7 +74,7 @@ fn one_socket_asks_two_services_with_one_backend_in_turn() -> Result<()> {
         scenario.publish(&Service::new(name, address).udp("udp", 53, server::UDP), [scenario.pod(1, 1)])?;
     }
     let mut command = scenario.agent.host_command(built("probe")?);
-    command.args(["udp-unconnected", &addresses.map(|address| format!("{address}:53")).join(","), "40"]);
+    command.args(["udp-unconnected", &addresses.map(|address| scenario.at(address, 53).to_string()).join(","), "40"]);
     let output = Process::start("probe", &mut command)?.finish(Duration::from_secs(60))?;
     let answers: Answers = serde_json::from_str(&output)?;
     answers.all_answered()

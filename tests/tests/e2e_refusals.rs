@@ -8,7 +8,6 @@ use anyhow::{Context as _, Result, ensure};
 use aya::maps::{HashMap, Map, MapData};
 use sheave_common::Ipv4Address;
 use sheave_common::flow::{Flow, FlowKey};
-use sheave_tests::client::at;
 use sheave_tests::manifests::Service;
 use sheave_tests::scenario::Scenario;
 use sheave_tests::server;
@@ -25,7 +24,7 @@ fn a_bulk_sender_whose_flow_is_lost_is_reset_at_once() -> Result<()> {
         let scenario = Scenario::start(Shape { pods, pod_counts: [1, 1], ..Shape::default() }, &[])?;
         scenario.publish(&Service::new("echo", ECHO).tcp("echo", 7, server::ECHO), [scenario.pod(2, 1)])?;
         scenario.pod(1, 1).namespace.run(|| -> Result<()> {
-            let mut connection = TcpStream::connect(at(ECHO, 7))?;
+            let mut connection = TcpStream::connect(scenario.at(ECHO, 7))?;
             connection.set_write_timeout(Some(SOON))?;
             connection.set_read_timeout(Some(SOON))?;
             let _ = connection.read(&mut [0; 64])?;
@@ -64,11 +63,11 @@ fn refusals_arrive_over_a_link_without_checksum_offload() -> Result<()> {
     wire::disable_checksum_offload(&scenario.node().namespace, &pod.host_link)?;
     scenario.publish(&Service::new("empty", ECHO).tcp("http", 80, 1).udp("dns", 53, 1), [])?;
     pod.namespace.run(|| -> Result<()> {
-        let refused = TcpStream::connect_timeout(&at(ECHO, 80), SOON).err().context("TCP: a connection")?;
+        let refused = TcpStream::connect_timeout(&scenario.at(ECHO, 80), SOON).err().context("TCP: a connection")?;
         ensure!(refused.kind() == io::ErrorKind::ConnectionRefused, "TCP: {refused}");
         let socket = UdpSocket::bind("0.0.0.0:0")?;
         socket.set_read_timeout(Some(SOON))?;
-        socket.connect(at(ECHO, 53))?;
+        socket.connect(scenario.at(ECHO, 53))?;
         socket.send(b"question")?;
         let refused = socket.recv(&mut [0; 64]).err().context("UDP: an answer")?;
         ensure!(refused.kind() == io::ErrorKind::ConnectionRefused, "UDP: {refused}");
