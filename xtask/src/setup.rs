@@ -55,6 +55,9 @@ const DEBIAN_COMPILER: &[&str] = &["rustc-web", "libstd-rust-web-dev-bpf"];
 /// To build bpf-linker against the same LLVM as Debian's compiler.
 const DEBIAN_LINKER: &[&str] = &["llvm-22-dev", "libzstd-dev", "zlib1g-dev", "gcc", "g++", "libc6-dev"];
 const LINKER_VERSION: &str = "0.13.0";
+/// The last version that links with the LLVM of the compiler that calls it, so that any nightly will do and no LLVM has to
+/// be installed.
+const PROXY_LINKER_VERSION: &str = "0.10.3";
 const BPFFS: &str = "/sys/fs/bpf";
 
 /// Installs what is missing, saying what and why.
@@ -175,13 +178,9 @@ fn install_linker(compiler: Compiler, apt: bool) -> Result<()> {
             process::run(&mut cargo)?;
         }
         Compiler::Nightly => {
-            // bpf-linker's authors advise against building it from source where LLVM's version is up to chance.
-            if find("cargo-binstall").is_none() {
-                say("installing cargo-binstall, which fetches a ready-made bpf-linker");
-                process::run(&mut process::cargo(&["install", "--locked", "cargo-binstall"]))?;
-            }
-            say("installing bpf-linker");
-            process::run(&mut process::cargo(&["binstall", "--no-confirm", "--force", "bpf-linker"]))
+            say("building bpf-linker (about a minute)");
+            let version = PROXY_LINKER_VERSION;
+            process::run(&mut process::cargo(&["install", "--locked", "bpf-linker", "--force", "--version", version]))
                 .context("see https://github.com/aya-rs/bpf-linker for other ways to install it")?;
         }
     }
