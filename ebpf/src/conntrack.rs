@@ -41,8 +41,7 @@ pub fn closed<A>(flow: &Flow<A>) -> bool {
 
 /// Finds the flow of a packet and keeps its state up to date. `None` is a miss, which includes flows that no longer count:
 /// expired ones; a SYN's or a datagram's flow whose backend is gone, or whose frontend is another service's by now; a SYN's
-/// flow that is closing; and flows
-/// whose packets travel the other way, which a sender on the wrong side must not change.
+/// flow that is closing; and flows whose packets travel the other way, which a sender on the wrong side must not change.
 ///
 /// The flow is a copy: the element may be evicted and reused at any time.
 #[inline(always)]
