@@ -9,7 +9,7 @@ pub struct FrontendKey<A> {
     /// Service address, or a node address for a nodePort.
     pub address: A,
     /// Service port or nodePort, network order. 0 together with protocol 0 names the address as a whole, see
-    /// [`flags::WHOLE_ADDRESS`].
+    /// [`flags::WHOLE_ADDRESS`] and [`flags::SERVICE_ADDRESS`].
     pub port_be: u16,
     /// IP protocol number.
     pub protocol: u8,
@@ -33,7 +33,7 @@ pub struct BackendSet {
 pub struct Frontend {
     /// Unique over all writes of frontends and backends; see DESIGN, "Replacing an element".
     pub version: u64,
-    /// Service port that this frontend belongs to; 0 for [`flags::WHOLE_ADDRESS`].
+    /// Service port that this frontend belongs to; 0 for a mark on an address.
     pub service_id: u32,
     /// Bits of [`flags`].
     pub flags: u32,
@@ -67,6 +67,10 @@ pub mod flags {
     /// Not a frontend but a mark on an address of which all ports belong to a Service (a ClusterIP): a packet to a
     /// port that it doesn't have is rejected. Key: the address, port 0, protocol 0.
     pub const WHOLE_ADDRESS: u32 = 1 << 7;
+    /// Not a frontend but a mark on an address that has frontends and is no address of this node (a load-balancer or
+    /// external IP): what can't be told from traffic to them, such as a fragment without ports, is not forwarded. The same
+    /// key; a ClusterIP has [`WHOLE_ADDRESS`] instead.
+    pub const SERVICE_ADDRESS: u32 = 1 << 8;
 }
 
 impl<A> FrontendKey<A> {
@@ -76,9 +80,9 @@ impl<A> FrontendKey<A> {
         Self { address, port_be, protocol, reserved: 0 }
     }
 
-    /// The key of the mark on a whole address, see [`flags::WHOLE_ADDRESS`].
+    /// The key of the mark on an address, see [`flags::WHOLE_ADDRESS`] and [`flags::SERVICE_ADDRESS`].
     #[inline(always)]
-    pub const fn whole_address(address: A) -> Self {
+    pub const fn mark(address: A) -> Self {
         Self::new(address, 0, 0)
     }
 }

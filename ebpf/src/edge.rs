@@ -188,9 +188,7 @@ fn classify(packet: &Packet<Ipv4Address>) -> Unknown {
         Ipv4Address::frontend(&frontend).map(|element| unsafe { (&raw const (*element).flags).read_volatile() });
     match known {
         Some(found) if found & frontend_flags::HOST_ONLY == 0 => {}
-        _ if Ipv4Address::frontend(&FrontendKey::whole_address(key.tuple.destination)).is_some() => {
-            return Unknown::NoSuchPort;
-        }
+        _ if maps::mark(key.tuple.destination) & frontend_flags::WHOLE_ADDRESS != 0 => return Unknown::NoSuchPort,
         _ => return Unknown::Foreign,
     }
     if key.protocol == PROTOCOL_TCP && packet.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN) != tcp::SYN {
@@ -199,22 +197,27 @@ fn classify(packet: &Packet<Ipv4Address>) -> Unknown {
     Unknown::New
 }
 
-/// A packet that can't be translated: it passes unless it goes to an address that is a Service's as a whole.
+/// A packet that can't be translated: it passes unless it goes, or may go, to a Service.
 #[inline(always)]
 fn unsupported(packet: &Packet<Ipv4Address>, reason: DropReason) -> Verdict {
     let tuple = &packet.key.tuple;
-    let whole = Ipv4Address::frontend(&FrontendKey::whole_address(tuple.destination)).is_some();
+    let marked = match maps::mark(tuple.destination) {
+        0 => false,
+        // Other protocols are not the Service's where only some ports are.
+        frontend_flags::SERVICE_ADDRESS => reason as u32 == DropReason::Fragment as u32,
+        _ => true,
+    };
     let port = || {
         let key = FrontendKey::new(tuple.destination, tuple.destination_port_be, packet.key.protocol);
         Ipv4Address::frontend(&key).is_some()
     };
-    if whole || (tuple.destination_port_be != 0 && port()) { Verdict::Drop(reason) } else { Verdict::Pass }
+    if marked || (tuple.destination_port_be != 0 && port()) { Verdict::Drop(reason) } else { Verdict::Pass }
 }
 
 /// Passed untouched, and counted; but the stack would forward what goes to an address that is a Service's as a whole.
 #[inline(always)]
 fn malformed(packet: &Packet<Ipv4Address>) -> Verdict {
-    if Ipv4Address::frontend(&FrontendKey::whole_address(packet.key.tuple.destination)).is_some() {
+    if maps::mark(packet.key.tuple.destination) != 0 {
         return Verdict::Drop(DropReason::Malformed);
     }
     observe::count(DropReason::Malformed);

@@ -8,7 +8,7 @@ use sheave_common::config::Config;
 use sheave_common::counter::{RejectBudget, ServiceCounter};
 use sheave_common::drop_reason::DROP_COUNTERS as DROP_COUNTER_COUNT;
 use sheave_common::flow::{Flow, FlowKey};
-use sheave_common::frontend::{Frontend, FrontendKey};
+use sheave_common::frontend::{Frontend, FrontendKey, flags as frontend_flags};
 use sheave_common::interface::Interface;
 use sheave_common::service_name::ServiceName;
 use sheave_common::socket::{SocketKey, SocketPeer};
@@ -225,6 +225,15 @@ family!(
 #[inline(always)]
 pub fn config() -> Option<&'static Config> {
     CONFIG.get(0)
+}
+
+/// The mark on an address: `WHOLE_ADDRESS` or `SERVICE_ADDRESS` of [`frontend_flags`], or 0.
+#[inline(always)]
+pub fn mark<A: Family>(address: A) -> u32 {
+    let flags = A::frontend(&FrontendKey::mark(address))
+        // SAFETY: a map value stays readable while the program runs, and one word of it is never torn.
+        .map_or(0, |element| unsafe { (&raw const (*element).flags).read_volatile() });
+    flags & (frontend_flags::WHOLE_ADDRESS | frontend_flags::SERVICE_ADDRESS)
 }
 
 /// Copies a map value word by word. The element may be evicted, reused or rewritten meanwhile, so it is read exactly once,

@@ -107,7 +107,7 @@ fn in_host(ctx: &SockAddrContext, config: &Config) -> bool {
 fn balance(call: &Call<'_>, unconnected: bool) -> i32 {
     let key = FrontendKey::new(call.address, call.port_be, call.protocol);
     let Some(element) = Ipv4Address::frontend(&key) else {
-        if Ipv4Address::frontend(&FrontendKey::whole_address(call.address)).is_some() {
+        if maps::mark(call.address) & sheave_common::frontend::flags::WHOLE_ADDRESS != 0 {
             return refuse(DropReason::UnknownPort);
         }
         return ALLOW;

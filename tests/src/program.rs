@@ -184,19 +184,26 @@ impl Programs {
                 reserved: 0,
             };
             self.hash::<FrontendKey<Ipv4Address>, Frontend>(names::FRONTENDS4)?.insert(key, frontend, 0)?;
-            if flags & frontend_flags::CLUSTER_IP != 0 {
-                let whole = Frontend {
+            let mark = if flags & frontend_flags::CLUSTER_IP != 0 {
+                frontend_flags::WHOLE_ADDRESS
+            } else if flags & (frontend_flags::LOAD_BALANCER | frontend_flags::EXTERNAL_IP) != 0 {
+                frontend_flags::SERVICE_ADDRESS
+            } else {
+                0
+            };
+            if mark != 0 {
+                let marked = Frontend {
                     version: self.next_version(),
                     service_id: 0,
-                    flags: frontend_flags::WHOLE_ADDRESS,
+                    flags: mark,
                     cluster: BackendSet::default(),
                     local: BackendSet::default(),
                     affinity_seconds: 0,
                     reserved: 0,
                 };
                 self.hash::<FrontendKey<Ipv4Address>, Frontend>(names::FRONTENDS4)?.insert(
-                    FrontendKey::whole_address(key.address),
-                    whole,
+                    FrontendKey::mark(key.address),
+                    marked,
                     0,
                 )?;
             }

@@ -1,4 +1,4 @@
-//! Which service ports claim a frontend, and which addresses are ClusterIPs.
+//! Which service ports claim a frontend, and which addresses carry a mark.
 //!
 //! Several may claim one (a shared external IP): the first by name has it, so that every node and every restart agree,
 //! and the next one gets it when that one leaves.
@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-use sheave_common::frontend::flags::CLUSTER_IP;
+use sheave_common::frontend::flags::{CLUSTER_IP, EXTERNAL_IP, LOAD_BALANCER, SERVICE_ADDRESS, WHOLE_ADDRESS};
 
 use super::write::FrontendAddress;
 use crate::model::desired::{ServicePort, ServicePortName};
@@ -15,8 +15,23 @@ use crate::model::desired::{ServicePort, ServicePortName};
 #[derive(Clone, Debug, Default)]
 pub(super) struct Claims {
     claimants: BTreeMap<FrontendAddress, BTreeSet<ServicePortName>>,
-    /// Address → number of frontends on it that are a ClusterIP's.
-    cluster_addresses: BTreeMap<IpAddr, usize>,
+    /// Addresses that carry a mark.
+    marked: BTreeMap<IpAddr, Marked>,
+}
+
+/// How many frontends on an address ask for a mark.
+#[derive(Clone, Copy, Debug, Default)]
+struct Marked {
+    /// Those of a ClusterIP.
+    cluster: usize,
+    /// Those of a load-balancer or external IP.
+    service: usize,
+}
+
+impl Marked {
+    fn count(&mut self, mark: u32) -> &mut usize {
+        if mark == WHOLE_ADDRESS { &mut self.cluster } else { &mut self.service }
+    }
 }
 
 /// Frontends and marks whose value may have changed.
@@ -28,18 +43,18 @@ pub(super) struct Touched {
 
 impl Claims {
     pub(super) fn claim(&mut self, name: &ServicePortName, port: &ServicePort, touched: &mut Touched) {
-        for (key, cluster_ip) in frontends(name, port) {
+        for (key, mark) in frontends(name, port) {
             self.claimants.entry(key).or_default().insert(name.clone());
             touched.frontends.insert(key);
-            if cluster_ip {
-                *self.cluster_addresses.entry(key.address).or_default() += 1;
+            if let Some(mark) = mark {
+                *self.marked.entry(key.address).or_default().count(mark) += 1;
                 touched.addresses.insert(key.address);
             }
         }
     }
 
     pub(super) fn release(&mut self, name: &ServicePortName, port: &ServicePort, touched: &mut Touched) {
-        for (key, cluster_ip) in frontends(name, port) {
+        for (key, mark) in frontends(name, port) {
             if let Some(claimants) = self.claimants.get_mut(&key) {
                 claimants.remove(name);
                 if claimants.is_empty() {
@@ -47,10 +62,12 @@ impl Claims {
                 }
             }
             touched.frontends.insert(key);
-            if cluster_ip && let Some(count) = self.cluster_addresses.get_mut(&key.address) {
-                *count -= 1;
-                if *count == 0 {
-                    self.cluster_addresses.remove(&key.address);
+            if let Some(mark) = mark
+                && let Some(marked) = self.marked.get_mut(&key.address)
+            {
+                *marked.count(mark) -= 1;
+                if marked.cluster + marked.service == 0 {
+                    self.marked.remove(&key.address);
                 }
                 touched.addresses.insert(key.address);
             }
@@ -68,16 +85,28 @@ impl Claims {
         claimants.first().filter(|_| key.address == *address)
     }
 
-    /// Whether all ports of this address belong to Services.
-    pub(super) fn is_cluster_ip(&self, address: &IpAddr) -> bool {
-        self.cluster_addresses.contains_key(address)
+    /// The mark that this address should carry.
+    pub(super) fn mark(&self, address: &IpAddr) -> Option<u32> {
+        let marked = self.marked.get(address)?;
+        Some(if marked.cluster > 0 { WHOLE_ADDRESS } else { SERVICE_ADDRESS })
+    }
+}
+
+/// The mark that a frontend asks for. A node's own address has none: the node's other traffic goes there as well.
+pub(super) const fn mark_of(flags: u32) -> Option<u32> {
+    if flags & CLUSTER_IP != 0 {
+        Some(WHOLE_ADDRESS)
+    } else if flags & (LOAD_BALANCER | EXTERNAL_IP) != 0 {
+        Some(SERVICE_ADDRESS)
+    } else {
+        None
     }
 }
 
 fn frontends<'a>(
     name: &'a ServicePortName,
     port: &'a ServicePort,
-) -> impl Iterator<Item = (FrontendAddress, bool)> + 'a {
+) -> impl Iterator<Item = (FrontendAddress, Option<u32>)> + 'a {
     let key = |address: &SocketAddr| FrontendAddress::new(*address, name.protocol.number());
-    port.frontends.iter().map(move |(address, flags)| (key(address), flags & CLUSTER_IP != 0))
+    port.frontends.iter().map(move |(address, flags)| (key(address), mark_of(*flags)))
 }

@@ -8,7 +8,7 @@ use sheave_common::frontend::BackendSet;
 use sheave_common::service_name::TEXT_LENGTH;
 
 use super::actual::{Actual, Dump};
-use super::claims::{Claims, Touched};
+use super::claims::{Claims, Touched, mark_of};
 use super::identity::Identity;
 use super::reclaim::Queue;
 use super::write::{Backend, Batch, Frontend, FrontendAddress, Operation, Owner, Write};
@@ -159,8 +159,7 @@ impl Planner {
             if let Some(desired) = &service.desired {
                 let keys = desired.frontends.keys().map(|key| FrontendAddress::new(*key, name.protocol.number()));
                 touched.frontends.extend(keys);
-                let cluster = |flags: &u32| flags & sheave_common::frontend::flags::CLUSTER_IP != 0;
-                let marked = desired.frontends.iter().filter(|(_, flags)| cluster(flags));
+                let marked = desired.frontends.iter().filter(|(_, flags)| mark_of(**flags).is_some());
                 touched.addresses.extend(marked.map(|(key, _)| key.ip()));
             }
             if let Some(id) = service.id {
@@ -303,14 +302,18 @@ impl Planner {
         for ip in &touched.addresses {
             let address = FrontendAddress::mark(*ip);
             let old = self.actual.frontends.get(&address);
-            if !self.claims.is_cluster_ip(ip) {
-                if old.is_some() {
-                    let write = Write::DeleteFrontend { address };
-                    draft.mark_deletions.push(Operation { owner: Owner::Nobody, write });
+            match self.claims.mark(ip).map(Frontend::mark) {
+                None => {
+                    if old.is_some() {
+                        let write = Write::DeleteFrontend { address };
+                        draft.mark_deletions.push(Operation { owner: Owner::Nobody, write });
+                    }
                 }
-            } else if old != Some(&Frontend::MARK) {
-                let write = Write::PutFrontend { address, frontend: Frontend::MARK };
-                draft.marks.push(Operation { owner: self.mark_owner(ip), write });
+                Some(frontend) if old != Some(&frontend) => {
+                    let write = Write::PutFrontend { address, frontend };
+                    draft.marks.push(Operation { owner: self.mark_owner(ip), write });
+                }
+                Some(_) => {}
             }
         }
     }

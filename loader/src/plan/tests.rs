@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use sheave_common::frontend::BackendSet;
-use sheave_common::frontend::flags::{CLUSTER_IP, EXTERNAL_IP};
+use sheave_common::frontend::flags::{CLUSTER_IP, EXTERNAL_IP, NODE_PORT, SERVICE_ADDRESS, WHOLE_ADDRESS};
 
 use super::*;
 use crate::model::desired::{Endpoint, EndpointSets, Protocol, ServiceKey, ServicePort, ServicePortName};
@@ -99,7 +99,7 @@ impl Maps {
                 }
             }
             Write::PutFrontend { address, frontend } => {
-                assert_eq!(address.is_mark(), *frontend == Frontend::MARK);
+                assert_eq!(address.is_mark(), frontend.service_id == 0);
                 assert!(frontend.service_id == 0 || self.names.contains_key(&frontend.service_id));
                 self.frontends.insert(*address, *frontend);
             }
@@ -355,7 +355,7 @@ fn one_frontend(port: u16, backends: &[u8]) -> ServicePort {
     };
     let cluster: Vec<_> = backends.iter().map(endpoint).collect();
     ServicePort {
-        frontends: BTreeMap::from([(SocketAddr::from(([192, 0, 2, 1], port)), EXTERNAL_IP)]),
+        frontends: BTreeMap::from([(SocketAddr::from(([192, 0, 2, 1], port)), NODE_PORT)]),
         endpoints4: EndpointSets { cluster, local: Vec::new() },
         ..ServicePort::default()
     }
@@ -446,4 +446,30 @@ fn a_service_that_claims_a_taken_frontend_gets_it_when_the_first_one_leaves() {
     let batch = planner.plan(BTreeMap::from([(name(1), None)]));
     maps.run(&mut planner, batch);
     assert_eq!(owner(&maps), name(2));
+}
+
+#[test]
+fn an_address_is_marked_by_the_strongest_of_its_frontends_and_a_nodes_own_address_is_not() {
+    let mut maps = Maps::new(100);
+    let mut planner = Planner::restore(maps.dump());
+    let with = |port: u16, flags: u32| {
+        let mut service = one_frontend(port, &[1]);
+        service.frontends.values_mut().for_each(|all| *all = flags);
+        Some(service)
+    };
+    let mark = |maps: &Maps| {
+        let mut marks = maps.frontends.iter().filter(|(key, _)| key.is_mark()).map(|(_, frontend)| frontend.flags);
+        (marks.next(), marks.next())
+    };
+    for (first, second, expected) in [
+        (with(80, EXTERNAL_IP), None, Some(SERVICE_ADDRESS)),
+        (with(80, EXTERNAL_IP), with(81, CLUSTER_IP), Some(WHOLE_ADDRESS)),
+        (with(80, NODE_PORT), with(81, CLUSTER_IP), Some(WHOLE_ADDRESS)),
+        (with(80, EXTERNAL_IP), with(81, NODE_PORT), Some(SERVICE_ADDRESS)),
+        (with(80, NODE_PORT), None, None),
+    ] {
+        let batch = planner.plan(BTreeMap::from([(name(1), first), (name(2), second)]));
+        maps.run(&mut planner, batch);
+        assert_eq!(mark(&maps), (expected, None));
+    }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
-use sheave_common::frontend::{self, BackendSet};
+use sheave_common::frontend::BackendSet;
 
 use super::diff::PlanError;
 use crate::model::desired::ServicePortName;
@@ -61,14 +61,12 @@ pub struct Frontend {
 }
 
 impl Frontend {
-    /// The mark on a whole address.
-    pub const MARK: Self = Self {
-        service_id: 0,
-        flags: frontend::flags::WHOLE_ADDRESS,
-        cluster: BackendSet { first: 0, length: 0 },
-        local: BackendSet { first: 0, length: 0 },
-        affinity_seconds: 0,
-    };
+    /// The mark on an address: [`frontend::flags::WHOLE_ADDRESS`] or [`frontend::flags::SERVICE_ADDRESS`].
+    #[must_use]
+    pub const fn mark(flags: u32) -> Self {
+        let none = BackendSet { first: 0, length: 0 };
+        Self { service_id: 0, flags, cluster: none, local: none, affinity_seconds: 0 }
+    }
 }
 
 /// A backend's value.

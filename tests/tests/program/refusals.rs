@@ -195,6 +195,27 @@ fn frames_to_a_group_are_left_alone() {
 }
 
 #[test]
+fn a_fragment_without_ports_is_not_forwarded_to_an_external_ip_and_other_traffic_to_it_is_left_alone() {
+    let mut programs = Programs::load().unwrap();
+    let service = Service {
+        frontends: vec![(address("203.0.113.5:53"), flags::EXTERNAL_IP)],
+        ..cluster_ip(1, PROTOCOL_UDP, "10.96.0.10:53", &["10.1.0.2:5353"])
+    };
+    programs.service(&service).unwrap();
+    for fragment in [0x2000, 0x2000 | 185, 185] {
+        let packet = Packet::udp(CLIENT, "203.0.113.5:53").fragment(fragment).build();
+        assert_eq!(pod(&mut programs, "pod_ingress", &packet).action, DROP, "{fragment:#x}");
+    }
+    assert_eq!(programs.dropped(DropReason::Fragment).unwrap(), 3);
+    let mut sctp = Packet::udp(CLIENT, "203.0.113.5:53").build().to_vec();
+    sctp[23] = 132;
+    for packet in [Packet::tcp(CLIENT, "203.0.113.5:22", SYN).build().to_vec(), sctp] {
+        let out = pod(&mut programs, "pod_ingress", &packet);
+        assert_eq!((out.action, out.packet), (NEXT, packet));
+    }
+}
+
+#[test]
 fn a_frontend_for_the_host_alone_is_invisible_to_packets() {
     let mut programs = Programs::load().unwrap();
     let service = Service {

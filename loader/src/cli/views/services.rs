@@ -31,7 +31,7 @@ pub(super) struct ServiceRow {
 }
 
 pub(super) fn rows(snapshot: &Snapshot) -> Vec<ServiceRow> {
-    let marked = |frontend: &&Frontend| frontend.flags & flags::WHOLE_ADDRESS == 0;
+    let marked = |frontend: &&Frontend| frontend.flags & (flags::WHOLE_ADDRESS | flags::SERVICE_ADDRESS) == 0;
     let mut rows: Vec<ServiceRow> =
         snapshot.frontends.iter().filter(marked).map(|found| row(snapshot, found)).collect();
     rows.sort_by(|a, b| a.order.cmp(&b.order));
