@@ -204,7 +204,7 @@ fn unsupported(packet: &Packet<Ipv4Address>, reason: DropReason) -> Verdict {
     let marked = match maps::mark(tuple.destination) {
         0 => false,
         // Other protocols are not the Service's where only some ports are.
-        frontend_flags::SERVICE_ADDRESS => reason as u32 == DropReason::Fragment as u32,
+        frontend_flags::SERVICE_ADDRESS => reason == DropReason::Fragment,
         _ => true,
     };
     let port = || {
@@ -214,7 +214,7 @@ fn unsupported(packet: &Packet<Ipv4Address>, reason: DropReason) -> Verdict {
     if marked || (tuple.destination_port_be != 0 && port()) { Verdict::Drop(reason) } else { Verdict::Pass }
 }
 
-/// Passed untouched, and counted; but the stack would forward what goes to an address that is a Service's as a whole.
+/// Passed untouched, and counted; but dropped where it may go to a Service, because the stack would forward it.
 #[inline(always)]
 fn malformed(packet: &Packet<Ipv4Address>) -> Verdict {
     if maps::mark(packet.key.tuple.destination) != 0 {

@@ -262,6 +262,21 @@ fn any_sequence_of_changes_ends_where_a_fresh_plan_does() {
     }
 }
 
+/// Wherever a batch is cut short, a fresh start on what was written ends as desired.
+fn assert_crashes_are_repaired(maps: &Maps, batch: &Batch, desired: &Desired) {
+    for crash in 0..batch.operations.len() {
+        let mut crashed = maps.clone();
+        for operation in &batch.operations[..crash] {
+            crashed.write(&operation.write);
+        }
+        let mut restarted = Planner::restore(crashed.dump());
+        let batch = restarted.plan_all(desired.clone());
+        crashed.run(&mut restarted, batch);
+        crashed.settle(&mut restarted);
+        assert_tidy(&crashed, desired);
+    }
+}
+
 #[test]
 fn a_crash_after_any_write_is_repaired_by_the_next_plan() {
     for seed in 1..25 {
@@ -271,31 +286,11 @@ fn a_crash_after_any_write_is_repaired_by_the_next_plan() {
         for _ in 0..12 {
             let changed = change(random, &mut desired);
             let batch = planner.plan(changed);
-            for crash in 0..batch.operations.len() {
-                let mut crashed = maps.clone();
-                for operation in &batch.operations[..crash] {
-                    crashed.write(&operation.write);
-                }
-                let mut restarted = Planner::restore(crashed.dump());
-                let batch = restarted.plan_all(desired.clone());
-                crashed.run(&mut restarted, batch);
-                crashed.settle(&mut restarted);
-                assert_tidy(&crashed, &desired);
-            }
+            assert_crashes_are_repaired(&maps, &batch, &desired);
             maps.run(&mut planner, batch);
             if let Some(grace) = planner.begin_grace() {
                 let batch = planner.reclaim(grace);
-                for crash in 0..batch.operations.len() {
-                    let mut crashed = maps.clone();
-                    for operation in &batch.operations[..crash] {
-                        crashed.write(&operation.write);
-                    }
-                    let mut restarted = Planner::restore(crashed.dump());
-                    let batch = restarted.plan_all(desired.clone());
-                    crashed.run(&mut restarted, batch);
-                    crashed.settle(&mut restarted);
-                    assert_tidy(&crashed, &desired);
-                }
+                assert_crashes_are_repaired(&maps, &batch, &desired);
                 maps.run(&mut planner, batch);
             }
         }

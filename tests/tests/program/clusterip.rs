@@ -5,22 +5,7 @@ use sheave_common::{PROTOCOL_TCP, PROTOCOL_UDP, names};
 use sheave_tests::packet::{ACK, FIN, PSH, Packet, RST, SYN, View};
 use sheave_tests::program::{NEXT, Programs, REDIRECT, Service};
 
-use crate::{address, cluster_ip, pod, two_services};
-
-const CLIENT: &str = "10.1.0.1:40000";
-const VIP: &str = "10.96.0.10:80";
-const BACKEND: &str = "10.1.0.2:8080";
-
-/// Completes a handshake from [`CLIENT`] to [`VIP`].
-fn handshake(programs: &mut Programs) {
-    for (program, packet) in [
-        ("pod_ingress", Packet::tcp(CLIENT, VIP, SYN)),
-        ("pod_egress", Packet::tcp(BACKEND, CLIENT, SYN | ACK)),
-        ("pod_ingress", Packet::tcp(CLIENT, VIP, ACK)),
-    ] {
-        assert_eq!(pod(programs, program, &packet.build()).action, NEXT);
-    }
-}
+use crate::{BACKEND, CLIENT, VIP, address, cluster_ip, handshake, pod, two_services};
 
 #[test]
 fn a_connection_reaches_its_backend_and_the_client_sees_only_the_service() {

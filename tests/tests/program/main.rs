@@ -14,10 +14,27 @@ use std::net::SocketAddrV4;
 
 use sheave_common::frontend::flags;
 use sheave_common::{PROTOCOL_TCP, PROTOCOL_UDP};
-use sheave_tests::program::{Outcome, Programs, Service, SkbContext};
+use sheave_tests::packet::{ACK, Packet, SYN};
+use sheave_tests::program::{NEXT, Outcome, Programs, Service, SkbContext};
 
 /// Interface that pods' packets are on in these tests: loopback, the only one that a new namespace has.
 const POD_EDGE: u32 = 1;
+
+/// A pod, the TCP frontend of [`two_services`], and its endpoint.
+const CLIENT: &str = "10.1.0.1:40000";
+const VIP: &str = "10.96.0.10:80";
+const BACKEND: &str = "10.1.0.2:8080";
+
+/// Completes a handshake from [`CLIENT`] to [`VIP`].
+fn handshake(programs: &mut Programs) {
+    for (program, packet) in [
+        ("pod_ingress", Packet::tcp(CLIENT, VIP, SYN)),
+        ("pod_egress", Packet::tcp(BACKEND, CLIENT, SYN | ACK)),
+        ("pod_ingress", Packet::tcp(CLIENT, VIP, ACK)),
+    ] {
+        assert_eq!(pod(programs, program, &packet.build()).action, NEXT);
+    }
+}
 
 fn address(text: &str) -> SocketAddrV4 {
     text.parse().expect("address:port")
