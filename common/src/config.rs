@@ -68,6 +68,10 @@ pub mod flags {
     /// Mid-flow TCP to a frontend without a flow passes untouched instead of being reset: connections that netfilter
     /// translates drain in peace.
     pub const DRAIN_FOREIGN: u32 = 1 << 4;
+    /// `service_cidrs4` is not empty.
+    pub const SERVICE_CIDRS4: u32 = 1 << 5;
+    /// `service_cidrs6` is not empty.
+    pub const SERVICE_CIDRS6: u32 = 1 << 6;
 }
 
 impl Timeouts {

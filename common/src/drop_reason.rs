@@ -43,7 +43,7 @@ reasons! {
     TooBig = 10, "too_big";
     /// Dropped: no route to the backend or back to the client.
     NoRoute = 11, "no_route";
-    /// Dropped: a fragment of a packet to a frontend.
+    /// Dropped: a fragment to a service address whose first fragment was not seen before it.
     Fragment = 12, "fragment";
     /// Dropped: an ICMP redirect about a translated flow.
     IcmpRedirect = 13, "icmp_redirect";
@@ -63,6 +63,10 @@ reasons! {
     UnsupportedProtocol = 20, "unsupported_protocol";
     /// Dropped: a packet to a frontend from an address that no single host can have.
     MartianSource = 21, "martian_source";
+    /// Dropped: the client is in none of loadBalancerSourceRanges.
+    SourceRange = 22, "source_range";
+    /// Dropped: an address inside a ServiceCIDR that no Service has.
+    Unallocated = 23, "unallocated";
 }
 
 /// Number of elements of `drop_counters`: room for new reasons without a new layout.

@@ -71,6 +71,10 @@ pub mod flags {
     /// external IP): what can't be told from traffic to them, such as a fragment without ports, is not forwarded. The same
     /// key; a ClusterIP has [`WHOLE_ADDRESS`] instead.
     pub const SERVICE_ADDRESS: u32 = 1 << 8;
+    /// Only clients that `source_ranges4/6` name for this service port may open connections; for load-balancer IPs.
+    pub const SOURCE_RANGES: u32 = 1 << 9;
+    /// On a mark: some frontend of the address has an endpoint, so a ping of the address is answered.
+    pub const HAS_ENDPOINT: u32 = 1 << 10;
 }
 
 impl<A> FrontendKey<A> {

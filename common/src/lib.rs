@@ -17,10 +17,12 @@ pub mod counter;
 pub mod drop_reason;
 pub mod features;
 pub mod flow;
+pub mod fragment;
 pub mod frontend;
 pub mod interface;
 mod layout;
 pub mod names;
+pub mod prefix;
 pub mod service_name;
 pub mod socket;
 
@@ -29,7 +31,7 @@ pub use drop_reason::DropReason;
 
 /// Version of all the map layouts in this crate together. It is stored in [`config::Config::layout_version`] of the
 /// pinned config map; a loader refuses pins of another version.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// IP protocol number of ICMP (RFC 792).
 pub const PROTOCOL_ICMP: u8 = 1;

@@ -19,6 +19,12 @@ pub const MAPS: &[&str] = &[
     SOCK_FORWARD6,
     SOCK_REVERSE4,
     SOCK_REVERSE6,
+    SOURCE_RANGES4,
+    SOURCE_RANGES6,
+    SERVICE_CIDRS4,
+    SERVICE_CIDRS6,
+    FRAGMENTS4,
+    FRAGMENTS6,
     SERVICE_NAMES,
     SERVICE_COUNTERS,
     DROP_COUNTERS,
@@ -49,6 +55,12 @@ names! {
     SOCK_FORWARD6 = "sock_forward6": "The same for IPv6.";
     SOCK_REVERSE4 = "sock_reverse4": "Socket and backend → frontend, IPv4.";
     SOCK_REVERSE6 = "sock_reverse6": "The same for IPv6.";
+    SOURCE_RANGES4 = "source_ranges4": "[`crate::prefix::SourceRange`] in a [`crate::prefix::Prefix`] → 1, IPv4.";
+    SOURCE_RANGES6 = "source_ranges6": "The same for IPv6.";
+    SERVICE_CIDRS4 = "service_cidrs4": "[`crate::prefix::Prefix`] → 1, IPv4.";
+    SERVICE_CIDRS6 = "service_cidrs6": "The same for IPv6.";
+    FRAGMENTS4 = "fragments4": "[`crate::fragment::FragmentKey`] → [`crate::fragment::FragmentPorts`], IPv4.";
+    FRAGMENTS6 = "fragments6": "The same for IPv6.";
     SERVICE_NAMES = "service_names": "Service id → [`crate::service_name::ServiceName`].";
     SERVICE_COUNTERS = "service_counters": "Service id → [`crate::counter::ServiceCounter`] per CPU.";
     DROP_COUNTERS = "drop_counters": "Drop reason → packets per CPU (u64).";

@@ -61,6 +61,9 @@ fn choose_into<A: Family>(
 ) -> Result<(), DropReason> {
     for _ in 0..ATTEMPTS {
         let frontend = versioned::frontend(key)?.ok_or(DropReason::BackendMissing)?;
+        if frontend.flags & flags::SOURCE_RANGES != 0 && !A::in_source_ranges(frontend.service_id, *client) {
+            return Err(DropReason::SourceRange);
+        }
         let (set, local) = set(&frontend, origin);
         if set.length == 0 {
             let nowhere = frontend.cluster.length == 0;

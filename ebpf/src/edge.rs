@@ -10,7 +10,7 @@ use sheave_common::{DropReason, Ipv4Address, PROTOCOL_TCP};
 
 use crate::balance::Origin;
 use crate::context::{Addressee, Context};
-use crate::maps::{self, Family as _};
+use crate::maps::{self, Family};
 use crate::packet::transport::flags as tcp;
 use crate::packet::{Kind, Packet, ipv4};
 use crate::{conntrack, create, features, forward, icmp, observe, reject, translate};
@@ -152,6 +152,7 @@ fn miss<C: Context>(
             Err(reason) => Verdict::Drop(reason),
         },
         _ if C::XDP => Verdict::Pass,
+        Unknown::Unallocated => Verdict::Drop(DropReason::Unallocated),
         Unknown::NoSuchPort => reject::port_unreachable(ctx, packet, DropReason::UnknownPort),
         Unknown::MidFlow if draining() => Verdict::Pass,
         Unknown::MidFlow => reject::reset(ctx, packet, DropReason::NoFlow),
@@ -168,6 +169,8 @@ enum Unknown {
     MidFlow,
     /// To a port that a service address does not have.
     NoSuchPort,
+    /// To an address inside a ServiceCIDR that no Service has.
+    Unallocated,
     /// Not ours.
     Foreign,
 }
@@ -176,6 +179,12 @@ enum Unknown {
 #[inline(always)]
 fn draining() -> bool {
     maps::config().is_some_and(|config| config.flags & config_flags::DRAIN_FOREIGN != 0)
+}
+
+/// Whether an address that is no frontend's lies inside a ServiceCIDR.
+#[inline(always)]
+fn unallocated<A: Family>(address: A) -> bool {
+    maps::config().is_some_and(|config| A::in_service_cidr(config, address))
 }
 
 #[inline(always)]
@@ -189,6 +198,7 @@ fn classify(packet: &Packet<Ipv4Address>) -> Unknown {
     match known {
         Some(found) if found & frontend_flags::HOST_ONLY == 0 => {}
         _ if maps::mark(key.tuple.destination) & frontend_flags::WHOLE_ADDRESS != 0 => return Unknown::NoSuchPort,
+        _ if unallocated(key.tuple.destination) => return Unknown::Unallocated,
         _ => return Unknown::Foreign,
     }
     if key.protocol == PROTOCOL_TCP && packet.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN) != tcp::SYN {
@@ -202,7 +212,7 @@ fn classify(packet: &Packet<Ipv4Address>) -> Unknown {
 fn unsupported(packet: &Packet<Ipv4Address>, reason: DropReason) -> Verdict {
     let tuple = &packet.key.tuple;
     let marked = match maps::mark(tuple.destination) {
-        0 => false,
+        0 => unallocated(tuple.destination),
         // Other protocols are not the Service's where only some ports are.
         frontend_flags::SERVICE_ADDRESS => reason == DropReason::Fragment,
         _ => true,

@@ -1,15 +1,18 @@
 //! Every map. Names, keys and values are `sheave_common`'s; sizes here are defaults that the loader overrides.
 
-use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use aya_ebpf::btf_maps::lpm_trie::Key;
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use aya_ebpf::macros::btf_map;
 use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::backend::Backend;
-use sheave_common::config::Config;
+use sheave_common::config::{Config, flags as config_flags};
 use sheave_common::counter::{RejectBudget, ServiceCounter};
 use sheave_common::drop_reason::DROP_COUNTERS as DROP_COUNTER_COUNT;
 use sheave_common::flow::{Flow, FlowKey};
+use sheave_common::fragment::{FragmentKey, FragmentPorts};
 use sheave_common::frontend::{Frontend, FrontendKey, flags as frontend_flags};
 use sheave_common::interface::Interface;
+use sheave_common::prefix::SourceRange;
 use sheave_common::service_name::ServiceName;
 use sheave_common::socket::{SocketKey, SocketPeer};
 use sheave_common::{Address, Ipv4Address, Ipv6Address};
@@ -25,6 +28,9 @@ const CONNTRACK: usize = 524_288;
 const HALF_OPEN: usize = 131_072;
 const AFFINITY: usize = 65_536;
 const SOCKETS: usize = 65_536;
+const SOURCE_RANGES: usize = 65_536;
+const SERVICE_CIDRS: usize = 256;
+const FRAGMENTS: usize = 16_384;
 const INTERFACES: usize = 4_096;
 
 macro_rules! maps {
@@ -54,6 +60,12 @@ maps! {
     SOCK_FORWARD6 = "sock_forward6": LruHashMap<SocketKey<Ipv6Address>, SocketPeer<Ipv6Address>, SOCKETS>;
     SOCK_REVERSE4 = "sock_reverse4": LruHashMap<SocketKey<Ipv4Address>, SocketPeer<Ipv4Address>, SOCKETS>;
     SOCK_REVERSE6 = "sock_reverse6": LruHashMap<SocketKey<Ipv6Address>, SocketPeer<Ipv6Address>, SOCKETS>;
+    SOURCE_RANGES4 = "source_ranges4": LpmTrie<SourceRange<Ipv4Address>, u32, SOURCE_RANGES>;
+    SOURCE_RANGES6 = "source_ranges6": LpmTrie<SourceRange<Ipv6Address>, u32, SOURCE_RANGES>;
+    SERVICE_CIDRS4 = "service_cidrs4": LpmTrie<Ipv4Address, u32, SERVICE_CIDRS>;
+    SERVICE_CIDRS6 = "service_cidrs6": LpmTrie<Ipv6Address, u32, SERVICE_CIDRS>;
+    FRAGMENTS4 = "fragments4": LruHashMap<FragmentKey<Ipv4Address>, FragmentPorts, FRAGMENTS>;
+    FRAGMENTS6 = "fragments6": LruHashMap<FragmentKey<Ipv6Address>, FragmentPorts, FRAGMENTS>;
     SERVICE_NAMES = "service_names": HashMap<u32, ServiceName, SERVICES, NO_PREALLOC>;
     SERVICE_COUNTERS = "service_counters": PerCpuArray<ServiceCounter, SERVICES>;
     DROP_COUNTERS = "drop_counters": PerCpuArray<u64, DROP_COUNTER_COUNT>;
@@ -93,6 +105,14 @@ pub trait Family: Address {
     fn socket_frontend(key: &SocketKey<Self>) -> Option<*const SocketPeer<Self>>;
     /// Remembers that.
     fn insert_socket_frontend(key: &SocketKey<Self>, peer: &SocketPeer<Self>) -> Result<(), i32>;
+    /// Whether a client may use a service port's load-balancer IPs.
+    fn in_source_ranges(service_id: u32, client: Self) -> bool;
+    /// Whether an address lies inside a ServiceCIDR.
+    fn in_service_cidr(config: &Config, address: Self) -> bool;
+    /// The ports of a fragmented packet.
+    fn fragment(key: &FragmentKey<Self>) -> Option<*const FragmentPorts>;
+    /// Remembers them.
+    fn insert_fragment(key: &FragmentKey<Self>, ports: &FragmentPorts) -> Result<(), i32>;
     /// The source of hairpin packets.
     fn hairpin(config: &Config) -> Self;
     /// This node's own address: the affinity key of its processes.
@@ -108,7 +128,8 @@ pub const NOEXIST: u64 = 1;
 
 macro_rules! family {
     ($address:ty, $frontends:ident, $backends:ident, $conntrack:ident, $half_open:ident, $affinity:ident,
-     $sock_forward:ident, $sock_reverse:ident, $hairpin:ident, $node:ident, $source:ident) => {
+     $sock_forward:ident, $sock_reverse:ident, $source_ranges:ident, $service_cidrs:ident, $fragments:ident,
+     $hairpin:ident, $node:ident, $source:ident) => {
         impl Family for $address {
             #[inline(always)]
             fn frontend(key: &FrontendKey<Self>) -> Option<*const Frontend> {
@@ -177,6 +198,29 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn in_source_ranges(service_id: u32, client: Self) -> bool {
+                const BITS: u32 = size_of::<SourceRange<$address>>() as u32 * 8;
+                $source_ranges.get(&Key::new(BITS, SourceRange { service_id, address: client })).is_some()
+            }
+
+            #[inline(always)]
+            fn in_service_cidr(config: &Config, address: Self) -> bool {
+                const BITS: u32 = size_of::<$address>() as u32 * 8;
+                config.flags & config_flags::$service_cidrs != 0
+                    && $service_cidrs.get(&Key::new(BITS, address)).is_some()
+            }
+
+            #[inline(always)]
+            fn fragment(key: &FragmentKey<Self>) -> Option<*const FragmentPorts> {
+                $fragments.get_ptr(key)
+            }
+
+            #[inline(always)]
+            fn insert_fragment(key: &FragmentKey<Self>, ports: &FragmentPorts) -> Result<(), i32> {
+                $fragments.insert(key, ports, ANY)
+            }
+
+            #[inline(always)]
             fn hairpin(config: &Config) -> Self {
                 config.$hairpin
             }
@@ -203,6 +247,9 @@ family!(
     AFFINITY4,
     SOCK_FORWARD4,
     SOCK_REVERSE4,
+    SOURCE_RANGES4,
+    SERVICE_CIDRS4,
+    FRAGMENTS4,
     hairpin4,
     node4,
     source4
@@ -216,6 +263,9 @@ family!(
     AFFINITY6,
     SOCK_FORWARD6,
     SOCK_REVERSE6,
+    SOURCE_RANGES6,
+    SERVICE_CIDRS6,
+    FRAGMENTS6,
     hairpin6,
     node6,
     source6

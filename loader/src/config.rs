@@ -126,6 +126,8 @@ pub struct MapSizes {
     pub affinity: u32,
     /// Sockets balanced at connect time, per family.
     pub sockets: u32,
+    /// Entries of loadBalancerSourceRanges, one for each port of their Services, per family.
+    pub source_ranges: u32,
 }
 
 impl Default for MapSizes {
@@ -139,6 +141,7 @@ impl Default for MapSizes {
             half_open: 131_072,
             affinity: 65_536,
             sockets: 65_536,
+            source_ranges: 65_536,
         }
     }
 }

@@ -176,6 +176,7 @@ sizes! {
     max_half_open, "SHEAVE_MAX_HALF_OPEN", 131_072 => half_open: "Half-open flow entries, two a flow, per family.";
     max_affinity, "SHEAVE_MAX_AFFINITY", 65_536 => affinity: "Clients with session affinity, per family.";
     max_sockets, "SHEAVE_MAX_SOCKETS", 65_536 => sockets: "Sockets balanced at connect time, per family.";
+    max_source_ranges, "SHEAVE_MAX_SOURCE_RANGES", 65_536 => source_ranges: "Entries of loadBalancerSourceRanges, per family.";
 }
 
 impl RunArgs {

@@ -7,8 +7,10 @@ use sheave_common::config::Config;
 use sheave_common::counter::{RejectBudget, ServiceCounter};
 use sheave_common::drop_reason::DROP_COUNTERS;
 use sheave_common::flow::{Flow, FlowKey};
+use sheave_common::fragment::{FragmentKey, FragmentPorts};
 use sheave_common::frontend::{Frontend, FrontendKey};
 use sheave_common::interface::Interface;
+use sheave_common::prefix::{Prefix, SourceRange};
 use sheave_common::service_name::ServiceName;
 use sheave_common::socket::{SocketKey, SocketPeer};
 use sheave_common::{Ipv4Address, Ipv6Address, names};
@@ -20,10 +22,15 @@ const HASH: u32 = 1;
 const ARRAY: u32 = 2;
 const PER_CPU_ARRAY: u32 = 6;
 const LRU_HASH: u32 = 9;
+const LPM_TRIE: u32 = 11;
 /// BPF_F_NO_PREALLOC.
 const NO_PREALLOC: u32 = 1;
 /// Interfaces that programs can be attached to at a time.
 const INTERFACES: u32 = 4_096;
+/// ServiceCIDRs per family.
+const SERVICE_CIDRS: u32 = 256;
+/// Fragmented packets under way, per family.
+const FRAGMENTS: u32 = 16_384;
 
 /// One map.
 #[derive(Clone, Copy, Debug)]
@@ -71,10 +78,12 @@ pub(super) fn definitions(sizes: &MapSizes) -> Vec<Definition> {
     type V4 = Ipv4Address;
     type V6 = Ipv6Address;
     let (hash, lru, array, per_cpu) = ((HASH, NO_PREALLOC), (LRU_HASH, 0), (ARRAY, 0), (PER_CPU_ARRAY, 0));
+    let trie = (LPM_TRIE, NO_PREALLOC);
     let (frontends, backends) = (Some("--max-frontends"), Some("--max-backends"));
     let (services, table) = (Some("--max-services"), Some("--max-table"));
     let (conntrack, half_open) = (Some("--max-conntrack"), Some("--max-half-open"));
     let (affinity, sockets) = (Some("--max-affinity"), Some("--max-sockets"));
+    let ranges = Some("--max-source-ranges");
     let drops = u32::try_from(DROP_COUNTERS).unwrap_or(u32::MAX);
     vec![
         define::<u32, Config>(names::CONFIG, array, 1, None),
@@ -94,6 +103,12 @@ pub(super) fn definitions(sizes: &MapSizes) -> Vec<Definition> {
         define::<SocketKey<V6>, SocketPeer<V6>>(names::SOCK_FORWARD6, lru, sizes.sockets, sockets),
         define::<SocketKey<V4>, SocketPeer<V4>>(names::SOCK_REVERSE4, lru, sizes.sockets, sockets),
         define::<SocketKey<V6>, SocketPeer<V6>>(names::SOCK_REVERSE6, lru, sizes.sockets, sockets),
+        define::<Prefix<SourceRange<V4>>, u32>(names::SOURCE_RANGES4, trie, sizes.source_ranges, ranges),
+        define::<Prefix<SourceRange<V6>>, u32>(names::SOURCE_RANGES6, trie, sizes.source_ranges, ranges),
+        define::<Prefix<V4>, u32>(names::SERVICE_CIDRS4, trie, SERVICE_CIDRS, None),
+        define::<Prefix<V6>, u32>(names::SERVICE_CIDRS6, trie, SERVICE_CIDRS, None),
+        define::<FragmentKey<V4>, FragmentPorts>(names::FRAGMENTS4, lru, FRAGMENTS, None),
+        define::<FragmentKey<V6>, FragmentPorts>(names::FRAGMENTS6, lru, FRAGMENTS, None),
         define::<u32, ServiceName>(names::SERVICE_NAMES, hash, sizes.services, services),
         define::<u32, ServiceCounter>(names::SERVICE_COUNTERS, per_cpu, sizes.services, services),
         define::<u32, u64>(names::DROP_COUNTERS, per_cpu, drops, None),

@@ -42,6 +42,7 @@ impl Bench {
             half_open: 1024,
             affinity: 64,
             sockets: 64,
+            source_ranges: 64,
         };
         Self { config, cgroup }
     }

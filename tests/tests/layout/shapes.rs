@@ -8,8 +8,10 @@ use sheave_common::backend::Backend;
 use sheave_common::config::{Config, Timeouts};
 use sheave_common::counter::{RejectBudget, ServiceCounter};
 use sheave_common::flow::{Flow, FlowKey, Tuple};
+use sheave_common::fragment::{FragmentKey, FragmentPorts};
 use sheave_common::frontend::{BackendSet, Frontend, FrontendKey};
 use sheave_common::interface::Interface;
+use sheave_common::prefix::{Prefix, SourceRange};
 use sheave_common::service_name::ServiceName;
 use sheave_common::socket::{SocketKey, SocketPeer};
 use sheave_common::{Ipv4Address, Ipv6Address, names};
@@ -42,6 +44,12 @@ pub(crate) fn maps() -> BTreeMap<String, (Shape, Shape)> {
         row::<SocketKey<V6>, SocketPeer<V6>>(names::SOCK_FORWARD6),
         row::<SocketKey<V4>, SocketPeer<V4>>(names::SOCK_REVERSE4),
         row::<SocketKey<V6>, SocketPeer<V6>>(names::SOCK_REVERSE6),
+        row::<Prefix<SourceRange<V4>>, u32>(names::SOURCE_RANGES4),
+        row::<Prefix<SourceRange<V6>>, u32>(names::SOURCE_RANGES6),
+        row::<Prefix<V4>, u32>(names::SERVICE_CIDRS4),
+        row::<Prefix<V6>, u32>(names::SERVICE_CIDRS6),
+        row::<FragmentKey<V4>, FragmentPorts>(names::FRAGMENTS4),
+        row::<FragmentKey<V6>, FragmentPorts>(names::FRAGMENTS6),
         row::<u32, ServiceName>(names::SERVICE_NAMES),
         row::<u32, ServiceCounter>(names::SERVICE_COUNTERS),
         row::<u32, u64>(names::DROP_COUNTERS),
@@ -112,6 +120,15 @@ layouts! {
     FrontendKey<V4> { address, port_be, protocol, reserved };
     FrontendKey<V6> { address, port_be, protocol, reserved };
     Frontend { version, service_id, flags, cluster, local, affinity_seconds, reserved };
+    Prefix<SourceRange<V4>> { prefix_len, data };
+    Prefix<SourceRange<V6>> { prefix_len, data };
+    Prefix<V4> { prefix_len, data };
+    Prefix<V6> { prefix_len, data };
+    SourceRange<V4> { service_id, address };
+    SourceRange<V6> { service_id, address };
+    FragmentKey<V4> { source, destination, identification, edge, protocol, egress, reserved };
+    FragmentKey<V6> { source, destination, identification, edge, protocol, egress, reserved };
+    FragmentPorts { source_port_be, destination_port_be, seen };
     Interface { source4, source6, flags };
     ServiceName { protocol, length, reserved, text };
     SocketKey<V4> { cookie, address, port_be, protocol, reserved, fill };
