@@ -86,6 +86,10 @@ sock_addr! {
     sock_sendmsg4 sendmsg4 => sendmsg4;
     sock_recvmsg4 recvmsg4 => show_frontend4;
     sock_getpeername4 getpeername4 => show_frontend4;
+    sock_connect6 connect6 => connect6;
+    sock_sendmsg6 sendmsg6 => sendmsg6;
+    sock_recvmsg6 recvmsg6 => show_frontend6;
+    sock_getpeername6 getpeername6 => show_frontend6;
 }
 
 #[panic_handler]

@@ -113,6 +113,8 @@ pub trait Family: Address {
     fn fragment(key: &FragmentKey<Self>) -> Option<*const FragmentPorts>;
     /// Remembers them.
     fn insert_fragment(key: &FragmentKey<Self>, ports: &FragmentPorts) -> Result<(), i32>;
+    /// Forgets that.
+    fn remove_socket_frontend(key: &SocketKey<Self>);
     /// The source of hairpin packets.
     fn hairpin(config: &Config) -> Self;
     /// This node's own address: the affinity key of its processes.
@@ -195,6 +197,12 @@ macro_rules! family {
             #[inline(always)]
             fn insert_socket_frontend(key: &SocketKey<Self>, peer: &SocketPeer<Self>) -> Result<(), i32> {
                 $sock_reverse.insert(key, peer, ANY)
+            }
+
+            #[inline(always)]
+            fn remove_socket_frontend(key: &SocketKey<Self>) {
+                // What an LRU map has just forgotten needs no removal.
+                let _ = $sock_reverse.remove(key);
             }
 
             #[inline(always)]

@@ -11,6 +11,7 @@ pub mod cgroup;
 pub mod client;
 pub mod follower;
 pub mod forward;
+pub mod held;
 pub mod kube_api;
 pub mod kubectl;
 pub mod leftovers;

@@ -38,12 +38,22 @@ fn probe(mut command: Command, protocol: &str, target: SocketAddr, count: usize)
     serde_json::from_str(&output).with_context(|| format!("the probe printed {output}"))
 }
 
+/// These targets, and the same as IPv4-mapped addresses, which AF_INET6 sockets ask.
+fn also_mapped<const N: usize>(targets: [SocketAddr; N]) -> impl Iterator<Item = SocketAddr> {
+    let mapped = targets.map(|target| match target {
+        SocketAddr::V4(target) => SocketAddr::new(target.ip().to_ipv6_mapped().into(), target.port()),
+        SocketAddr::V6(_) => target,
+    });
+    targets.into_iter().chain(mapped)
+}
+
 /// The kubelet and other processes of a node would not reach Services.
 #[test]
 fn a_host_process_reaches_cluster_ips_and_node_ports() -> Result<()> {
     for pods in [PodNetwork::Bridged, PodNetwork::Routed] {
         let scenario = start(pods)?;
-        for target in [scenario.at(WEB, 80), scenario.at(NODE, 30_500), scenario.at(LOCALHOST, 30_500)] {
+        let targets = [scenario.at(WEB, 80), scenario.at(NODE, 30_500), scenario.at(LOCALHOST, 30_500)];
+        for target in also_mapped(targets) {
             let answers = probe(scenario.agent.host_command(built("probe")?), "tcp", target, 2_000)?;
             answers.all_answered().with_context(|| format!("{pods:?}: {target}"))?;
             answers.evenly_spread(4, 0.25).with_context(|| format!("{pods:?}: {target}"))?;
@@ -56,8 +66,9 @@ fn a_host_process_reaches_cluster_ips_and_node_ports() -> Result<()> {
 #[test]
 fn a_host_process_asks_by_datagram() -> Result<()> {
     let scenario = start(PodNetwork::Bridged)?;
-    for target in [scenario.at(WEB, 53), scenario.at(NODE, 30_053), scenario.at(LOCALHOST, 30_053)] {
-        for protocol in ["udp", "udp-unconnected"] {
+    let targets = [scenario.at(WEB, 53), scenario.at(NODE, 30_053), scenario.at(LOCALHOST, 30_053)];
+    for target in also_mapped(targets) {
+        for protocol in ["udp", "udp-named", "udp-unconnected"] {
             let answers = probe(scenario.agent.host_command(built("probe")?), protocol, target, 50)?;
             answers.all_answered().with_context(|| format!("{protocol} to {target}"))?;
         }
@@ -128,7 +139,7 @@ fn a_host_process_is_refused_at_once_without_endpoints() -> Result<()> {
     let scenario = start(PodNetwork::Bridged)?;
     let empty = Ipv4Addr::new(10, 96, 0, 11);
     scenario.publish(&Service::new("empty", empty).tcp("http", 80, 1).node_port(30_600), [])?;
-    for target in [scenario.at(empty, 80), scenario.at(LOCALHOST, 30_600)] {
+    for target in also_mapped([scenario.at(empty, 80), scenario.at(LOCALHOST, 30_600)]) {
         let answers = probe(scenario.agent.host_command(built("probe")?), "tcp", target, 3)?;
         ensure!(answers.failed == 3 && answers.errors.iter().all(|error| error.contains("refused")), "{answers:?}");
     }

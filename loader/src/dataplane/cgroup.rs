@@ -10,11 +10,15 @@ use super::links;
 use super::programs::Programs;
 use super::syscall::{self, AttachType};
 
-const HOOKS: [(&str, &str, AttachType); 4] = [
+const HOOKS: [(&str, &str, AttachType); 8] = [
     ("cgroup_connect4", "sock_connect4", AttachType::Connect4),
     ("cgroup_sendmsg4", "sock_sendmsg4", AttachType::Sendmsg4),
     ("cgroup_recvmsg4", "sock_recvmsg4", AttachType::Recvmsg4),
     ("cgroup_getpeername4", "sock_getpeername4", AttachType::Getpeername4),
+    ("cgroup_connect6", "sock_connect6", AttachType::Connect6),
+    ("cgroup_sendmsg6", "sock_sendmsg6", AttachType::Sendmsg6),
+    ("cgroup_recvmsg6", "sock_recvmsg6", AttachType::Recvmsg6),
+    ("cgroup_getpeername6", "sock_getpeername6", AttachType::Getpeername6),
 ];
 
 /// Attaches the connect-time programs to a cgroup, or swaps those that are there.

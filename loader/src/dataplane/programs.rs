@@ -20,7 +20,16 @@ pub(super) const CLASSIFIERS: &[&str] =
 /// The XDP program.
 pub(super) const XDP: &str = "uplink_xdp";
 /// Connect-time programs.
-pub(super) const SOCKET: &[&str] = &["sock_connect4", "sock_sendmsg4", "sock_recvmsg4", "sock_getpeername4"];
+pub(super) const SOCKET: &[&str] = &[
+    "sock_connect4",
+    "sock_sendmsg4",
+    "sock_recvmsg4",
+    "sock_getpeername4",
+    "sock_connect6",
+    "sock_sendmsg6",
+    "sock_recvmsg6",
+    "sock_getpeername6",
+];
 
 /// What this kernel has that an older supported one lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -31,9 +31,13 @@ const MEMBARRIER_CMD_GLOBAL: i32 = 1;
 #[repr(u32)]
 pub(super) enum AttachType {
     Connect4 = 10,
+    Connect6 = 11,
     Sendmsg4 = 14,
+    Sendmsg6 = 15,
     Recvmsg4 = 19,
+    Recvmsg6 = 20,
     Getpeername4 = 29,
+    Getpeername6 = 30,
     Xdp = 37,
     TcxIngress = 46,
     TcxEgress = 47,

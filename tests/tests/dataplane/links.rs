@@ -32,8 +32,9 @@ fn programs_are_attached_by_role_and_a_restart_keeps_their_links() {
         dataplane.attach(&interface("pod0", Role::Pod)).expect("attached");
         dataplane.attach(&interface("up0", Role::Uplink)).expect("attached");
         let (pod, uplink) = (interface_index("pod0"), interface_index("up0"));
+        let hooks = ["connect", "sendmsg", "recvmsg", "getpeername"];
         let mut expected: BTreeSet<String> =
-            ["connect4", "sendmsg4", "recvmsg4", "getpeername4"].map(|hook| format!("cgroup_{hook}")).into();
+            hooks.iter().flat_map(|hook| [4, 6].map(|family| format!("cgroup_{hook}{family}"))).collect();
         expected.extend([pod, uplink].iter().flat_map(|i| [format!("{i}_ingress"), format!("{i}_egress")]));
         assert_eq!(bench.links(), expected);
         let ids = |bench: &Bench| expected.iter().map(|pin| link_id(bench, pin)).collect::<Vec<_>>();
@@ -142,7 +143,7 @@ fn connect_time_programs_are_removed_when_they_are_switched_off() {
     in_namespace(|| {
         let mut bench = Bench::new();
         drop(bench.open());
-        assert_eq!(bench.links().len(), 4);
+        assert_eq!(bench.links().len(), 8);
         bench.config.connect = ConnectMode::Off;
         drop(bench.open());
         assert_eq!(bench.links().len(), 0);
