@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::future::Future;
 use std::io::Write as _;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -26,6 +26,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
+use crate::family::Family;
 use crate::forward::Forwarder;
 use crate::leftovers;
 use crate::manifests::{Endpoint, Service};
@@ -41,7 +42,7 @@ const LABEL: &str = "sheave-tests/machine";
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Given {
     /// Cluster IPs.
-    pub cluster_ips: BTreeMap<Ipv4Addr, Ipv4Addr>,
+    pub cluster_ips: BTreeMap<IpAddr, IpAddr>,
     /// Node ports.
     pub node_ports: BTreeMap<u16, u16>,
 }
@@ -125,14 +126,16 @@ impl ApiServer {
         let object = json!({
             "apiVersion": "v1", "kind": "Node", "metadata": self.metadata(&name),
             "spec": {"unschedulable": true, "taints": [{"key": LABEL, "effect": "NoExecute"}]},
-            "status": {"addresses": [{"type": "InternalIP", "address": node.address}]},
+            "status": {"addresses": [
+                {"type": "InternalIP", "address": node.address}, {"type": "InternalIP", "address": node.address6},
+            ]},
         });
         self.nodes.lock().unwrap_or_else(PoisonError::into_inner).push(name);
         self.create(&Api::all(self.client.clone()), &serde_json::from_value::<core::Node>(object)?)?;
         Ok(())
     }
 
-    /// Creates a Service and its EndpointSlice, or replaces them. Returns what the server has given out.
+    /// Creates a Service and its EndpointSlices, or replaces them. Returns what the server has given out.
     ///
     /// # Errors
     /// If the server refuses.
@@ -147,22 +150,33 @@ impl ApiServer {
         }
         let made: core::Service = self.put(&serde_json::from_value(object)?)?;
 
-        let mut object: Value = serde_saphyr::from_str(&service.slice_yaml(endpoints))?;
-        object["metadata"]["namespace"] = self.name.as_str().into();
-        object["metadata"]["labels"]["endpointslice.kubernetes.io/managed-by"] = "sheave-tests".into();
-        for endpoint in object["endpoints"].as_array_mut().into_iter().flatten() {
-            endpoint["nodeName"] = self.node_name(endpoint["nodeName"].as_str().unwrap_or_default()).into();
+        for slice in service.slices_yaml(endpoints) {
+            let mut object: Value = serde_saphyr::from_str(&slice)?;
+            object["metadata"]["namespace"] = self.name.as_str().into();
+            object["metadata"]["labels"]["endpointslice.kubernetes.io/managed-by"] = "sheave-tests".into();
+            for endpoint in object["endpoints"].as_array_mut().into_iter().flatten() {
+                endpoint["nodeName"] = self.node_name(endpoint["nodeName"].as_str().unwrap_or_default()).into();
+            }
+            self.put::<EndpointSlice>(&serde_json::from_value(object)?)?;
         }
-        self.put::<EndpointSlice>(&serde_json::from_value(object)?)?;
 
         let spec = made.spec.context("the server made a Service without spec")?;
-        let address = spec.cluster_ip.context("the server gave no cluster IP")?;
-        let address = address.parse().with_context(|| format!("the cluster IP {address} is not IPv4"))?;
+        let addresses = spec.cluster_ips.context("the server gave no cluster IP")?;
+        let addresses: Vec<IpAddr> = addresses
+            .iter()
+            .map(|address| address.parse().with_context(|| format!("the cluster IP {address} is no address")))
+            .collect::<Result<_>>()?;
+        let of = |family: Family| addresses.iter().copied().find(|address| Family::of(*address) == family);
+        let mut cluster_ips = BTreeMap::new();
+        for asked in service.cluster_ips() {
+            let family = Family::of(*asked);
+            cluster_ips.insert(*asked, of(family).with_context(|| format!("the server gave no {family} address"))?);
+        }
         let given =
             spec.ports.into_iter().flatten().map(|port| port.node_port.and_then(|port| u16::try_from(port).ok()));
         let asked = service.node_ports();
         let node_ports = asked.into_iter().zip(given).filter_map(|(asked, given)| Some((asked?, given?)));
-        Ok(Given { cluster_ips: [(service.cluster_ip(), address)].into(), node_ports: node_ports.collect() })
+        Ok(Given { cluster_ips, node_ports: node_ports.collect() })
     }
 
     /// A road from a namespace to the server, and the path of a kubeconfig that takes it. The road lasts as long as `self`.

@@ -2,13 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead as _, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{FromRawFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+
+use crate::family::Family;
 
 /// How long a connection or an answer may take. Long enough for one lost SYN.
 pub const LIMIT: Duration = Duration::from_secs(5);
@@ -133,8 +135,9 @@ pub fn who_and_close(target: SocketAddr) -> Result<Answer> {
 ///
 /// # Errors
 /// If it isn't connected and answered, or the port is taken.
-pub fn who_from(source: SocketAddrV4, target: SocketAddrV4) -> Result<Answer> {
-    let mut connection = connect_from(source, target)?;
+pub fn who_from(source: impl Into<SocketAddr>, target: impl Into<SocketAddr>) -> Result<Answer> {
+    let target = target.into();
+    let mut connection = connect_from(source.into(), target)?;
     let mut answer = String::new();
     connection.read_to_string(&mut answer).with_context(|| format!("waiting for the answer of {target}"))?;
     Answer::parse(&answer)
@@ -245,8 +248,8 @@ impl Conversation {
     ///
     /// # Errors
     /// If it isn't connected and answered in time.
-    pub fn open_from(source: SocketAddrV4, target: SocketAddrV4) -> Result<Self> {
-        Self::over(connect_from(source, target)?)
+    pub fn open_from(source: impl Into<SocketAddr>, target: impl Into<SocketAddr>) -> Result<Self> {
+        Self::over(connect_from(source.into(), target.into())?)
     }
 
     fn over(mut connection: TcpStream) -> Result<Self> {
@@ -316,9 +319,19 @@ impl Conversation {
 /// # Errors
 /// If none comes in time, from the address that was asked, with the payload that was sent.
 pub fn ask_udp(target: SocketAddr, payload: &str) -> Result<Answer> {
-    let socket = UdpSocket::bind("0.0.0.0:0")?;
-    socket.connect(target)?;
+    let socket = udp_to(target)?;
     ask_udp_with(&socket, payload)
+}
+
+/// A UDP socket that is connected to a target.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn udp_to(target: SocketAddr) -> Result<UdpSocket> {
+    let any = Family::of(target.ip()).pick(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED);
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect(target)?;
+    Ok(socket)
 }
 
 /// The same with a socket that is connected already.
@@ -363,7 +376,7 @@ pub fn udp_without_checksum() -> Result<UdpSocket> {
 
 /// Connects from a given source address and port; the time limit is for connecting and for each read. While the last
 /// connection between the two is not over on this side, the kernel refuses the address, and it is tried again.
-fn connect_from(source: SocketAddrV4, target: SocketAddrV4) -> Result<TcpStream> {
+fn connect_from(source: SocketAddr, target: SocketAddr) -> Result<TcpStream> {
     let started = Instant::now();
     loop {
         match try_connect_from(source, target) {
@@ -375,40 +388,63 @@ fn connect_from(source: SocketAddrV4, target: SocketAddrV4) -> Result<TcpStream>
     }
 }
 
-fn try_connect_from(source: SocketAddrV4, target: SocketAddrV4) -> io::Result<TcpStream> {
+fn try_connect_from(source: SocketAddr, target: SocketAddr) -> io::Result<TcpStream> {
     use std::os::fd::AsRawFd as _;
     let checked = |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) };
+    let family = if source.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     // SAFETY: socket takes no pointers, and the new descriptor is owned here and nowhere else.
-    let socket = unsafe {
-        OwnedFd::from_raw_fd(checked(libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0))?)
-    };
+    let socket =
+        unsafe { OwnedFd::from_raw_fd(checked(libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0))?) };
     let connection = TcpStream::from(socket);
     connection.set_write_timeout(Some(LIMIT))?;
     connection.set_read_timeout(Some(LIMIT))?;
     let one: libc::c_int = 1;
-    let (own, other) = (to_c(source), to_c(target));
+    let ((own, own_size), (other, other_size)) = (to_c(source), to_c(target));
     // SAFETY: the option's value and both addresses are of the sizes given and outlive the calls.
     unsafe {
         let descriptor = connection.as_raw_fd();
         let reuse = (&raw const one).cast();
         checked(libc::setsockopt(descriptor, libc::SOL_SOCKET, libc::SO_REUSEADDR, reuse, size_of_val(&one) as u32))?;
-        checked(libc::bind(descriptor, (&raw const own).cast(), size_of_val(&own) as u32))?;
-        checked(libc::connect(descriptor, (&raw const other).cast(), size_of_val(&other) as u32))?;
+        checked(libc::bind(descriptor, (&raw const own).cast(), own_size))?;
+        checked(libc::connect(descriptor, (&raw const other).cast(), other_size))?;
     }
     Ok(connection)
 }
 
-fn to_c(address: SocketAddrV4) -> libc::sockaddr_in {
-    libc::sockaddr_in {
-        sin_family: libc::AF_INET as libc::sa_family_t,
-        sin_port: address.port().to_be(),
-        sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(address.ip().octets()) },
-        sin_zero: [0; 8],
-    }
+/// An address as system calls take it, and its size.
+fn to_c(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
+    // SAFETY: all-zero bytes are a valid sockaddr_storage.
+    let mut storage: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+    let size = match address {
+        SocketAddr::V4(address) => {
+            let value = libc::sockaddr_in {
+                sin_family: libc::AF_INET as libc::sa_family_t,
+                sin_port: address.port().to_be(),
+                sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(address.ip().octets()) },
+                sin_zero: [0; 8],
+            };
+            // SAFETY: a sockaddr_storage has room for, and the alignment of, an address of any family.
+            unsafe { (&raw mut storage).cast::<libc::sockaddr_in>().write(value) };
+            size_of_val(&value)
+        }
+        SocketAddr::V6(address) => {
+            let value = libc::sockaddr_in6 {
+                sin6_family: libc::AF_INET6 as libc::sa_family_t,
+                sin6_port: address.port().to_be(),
+                sin6_flowinfo: address.flowinfo(),
+                sin6_addr: libc::in6_addr { s6_addr: address.ip().octets() },
+                sin6_scope_id: address.scope_id(),
+            };
+            // SAFETY: as above.
+            unsafe { (&raw mut storage).cast::<libc::sockaddr_in6>().write(value) };
+            size_of_val(&value)
+        }
+    };
+    (storage, size as libc::socklen_t)
 }
 
 /// Shorthand for a socket address.
 #[must_use]
-pub fn at(address: Ipv4Addr, port: u16) -> SocketAddr {
+pub fn at(address: impl Into<IpAddr>, port: u16) -> SocketAddr {
     SocketAddr::new(address.into(), port)
 }

@@ -1,12 +1,13 @@
-//! Manifests for `sheave run --manifests`: a folder of YAML, one file per Service with its EndpointSlice.
+//! Manifests for `sheave run --manifests`: a folder of YAML, one file per Service with its EndpointSlices.
 
 use std::fmt::Write as _;
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
+use crate::family::Family;
 use crate::topology::{Node, Pod};
 
 /// A folder of manifests, removed on drop.
@@ -16,11 +17,11 @@ pub struct Manifests {
     staging: PathBuf,
 }
 
-/// A Service in the namespace `default`.
+/// A Service in the namespace `default`, of one family or of both.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
     name: String,
-    cluster_ip: Ipv4Addr,
+    cluster_ips: Vec<IpAddr>,
     ports: Vec<Port>,
     affinity_seconds: Option<u32>,
     external_local: bool,
@@ -40,8 +41,8 @@ struct Port {
 /// An endpoint of a Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
-    /// Its address.
-    pub address: Ipv4Addr,
+    /// Its address, which says into which family's slice it goes.
+    pub address: IpAddr,
     /// The node that it is on.
     pub node: String,
     /// condition ready
@@ -54,17 +55,26 @@ pub struct Endpoint {
 
 impl From<&Pod> for Endpoint {
     fn from(pod: &Pod) -> Self {
-        Self { address: pod.address, node: pod.node.clone(), ready: true, serving: true, terminating: false }
+        Self::of(pod, Family::V4)
+    }
+}
+
+impl Endpoint {
+    /// A pod's address of a family, ready.
+    #[must_use]
+    pub fn of(pod: &Pod, family: Family) -> Self {
+        let (address, node) = (pod.address_of(family), pod.node.clone());
+        Self { address, node, ready: true, serving: true, terminating: false }
     }
 }
 
 impl Service {
-    /// A ClusterIP Service without ports yet.
+    /// A ClusterIP Service without ports yet, of its address's family.
     #[must_use]
-    pub fn new(name: &str, cluster_ip: Ipv4Addr) -> Self {
+    pub fn new(name: &str, cluster_ip: impl Into<IpAddr>) -> Self {
         Self {
             name: name.into(),
-            cluster_ip,
+            cluster_ips: vec![cluster_ip.into()],
             ports: Vec::new(),
             affinity_seconds: None,
             external_local: false,
@@ -72,10 +82,28 @@ impl Service {
         }
     }
 
-    /// Its ClusterIP.
+    /// Gives it a ClusterIP of the other family as well.
     #[must_use]
-    pub fn cluster_ip(&self) -> Ipv4Addr {
-        self.cluster_ip
+    pub fn and(mut self, cluster_ip: impl Into<IpAddr>) -> Self {
+        self.cluster_ips.push(cluster_ip.into());
+        self
+    }
+
+    /// Its ClusterIPs, the primary one first.
+    #[must_use]
+    pub fn cluster_ips(&self) -> &[IpAddr] {
+        &self.cluster_ips
+    }
+
+    /// Its families, the primary one first.
+    pub fn families(&self) -> impl Iterator<Item = Family> {
+        self.cluster_ips.iter().map(|address| Family::of(*address))
+    }
+
+    /// Endpoints of all its families for these pods.
+    #[must_use]
+    pub fn endpoints<'a>(&self, pods: impl IntoIterator<Item = &'a Pod>) -> Vec<Endpoint> {
+        pods.into_iter().flat_map(|pod| self.families().map(move |family| Endpoint::of(pod, family))).collect()
     }
 
     /// Its name.
@@ -146,22 +174,31 @@ impl Service {
         self
     }
 
-    /// The Service and its EndpointSlice as YAML.
+    /// The Service and its EndpointSlices as YAML.
     #[must_use]
     pub fn yaml(&self, endpoints: &[Endpoint]) -> String {
         let mut text = self.service_yaml();
-        text.push_str("---\n");
-        text.push_str(&self.slice_yaml(endpoints));
+        for slice in self.slices_yaml(endpoints) {
+            text.push_str("---\n");
+            text.push_str(&slice);
+        }
         text
     }
 
     pub(crate) fn service_yaml(&self) -> String {
-        let (name, address) = (&self.name, self.cluster_ip);
+        let (name, address) = (&self.name, self.cluster_ips[0]);
         let kind = if self.node_ports { "NodePort" } else { "ClusterIP" };
+        let addresses: Vec<String> = self.cluster_ips.iter().copied().map(yaml_address).collect();
+        let families: Vec<String> = self.families().map(|family| family.to_string()).collect();
         let mut text = format!(
             "apiVersion: v1\nkind: Service\nmetadata:\n  name: {name}\n  namespace: default\nspec:\n  type: {kind}\n  \
-             clusterIP: {address}\n  clusterIPs: [{address}]\n  ipFamilies: [IPv4]\n"
+             clusterIP: {address}\n  clusterIPs: [{}]\n  ipFamilies: [{}]\n",
+            addresses.join(", "),
+            families.join(", ")
         );
+        if self.cluster_ips.len() > 1 {
+            text.push_str("  ipFamilyPolicy: RequireDualStack\n");
+        }
         if let Some(seconds) = self.affinity_seconds {
             let _ = writeln!(
                 text,
@@ -186,16 +223,25 @@ impl Service {
         text
     }
 
-    pub(crate) fn slice_yaml(&self, endpoints: &[Endpoint]) -> String {
+    /// A slice for each family.
+    pub(crate) fn slices_yaml(&self, endpoints: &[Endpoint]) -> Vec<String> {
+        let of = |family: Family| endpoints.iter().filter(move |endpoint| Family::of(endpoint.address) == family);
+        self.families().map(|family| self.slice_yaml(family, of(family))).collect()
+    }
+
+    fn slice_yaml<'a>(&self, family: Family, endpoints: impl Iterator<Item = &'a Endpoint>) -> String {
         let name = &self.name;
+        // As the first slice of a Service has been called since there was one family.
+        let number = if family == Family::V4 { 1 } else { 6 };
         let mut text = format!(
-            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: {name}-1\n  namespace: default\n  \
-             labels:\n    kubernetes.io/service-name: {name}\naddressType: IPv4\nports:\n"
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: {name}-{number}\n  namespace: default\n  \
+             labels:\n    kubernetes.io/service-name: {name}\naddressType: {family}\nports:\n"
         );
         for port in &self.ports {
             let _ = writeln!(text, "- name: {}\n  protocol: {}\n  port: {}", port.name, port.protocol, port.target);
         }
-        if endpoints.is_empty() {
+        let mut endpoints = endpoints.peekable();
+        if endpoints.peek().is_none() {
             text.push_str("endpoints: []\n");
             return text;
         }
@@ -204,12 +250,18 @@ impl Service {
             let Endpoint { address, node, ready, serving, terminating } = endpoint;
             let _ = writeln!(
                 text,
-                "- addresses: [{address}]\n  nodeName: {node}\n  conditions: {{ready: {ready}, serving: {serving}, \
-                 terminating: {terminating}}}"
+                "- addresses: [{}]\n  nodeName: {node}\n  conditions: {{ready: {ready}, serving: {serving}, \
+                 terminating: {terminating}}}",
+                yaml_address(*address)
             );
         }
         text
     }
+}
+
+/// An address in a flow sequence, where an IPv6 address must be quoted: colons are YAML's own there.
+fn yaml_address(address: IpAddr) -> String {
+    if address.is_ipv6() { format!("{:?}", address.to_string()) } else { address.to_string() }
 }
 
 impl Manifests {
@@ -231,7 +283,7 @@ impl Manifests {
     /// If it can't be written.
     pub fn for_node(node: &Node) -> Result<Self> {
         let manifests = Self::new()?;
-        manifests.node(&node.name, node.address)?;
+        manifests.node(&node.name, &[node.address.into(), node.address6.into()])?;
         Ok(manifests)
     }
 
@@ -241,18 +293,16 @@ impl Manifests {
         &self.folder
     }
 
-    /// Writes a Node.
+    /// Writes a Node with its InternalIPs.
     ///
     /// # Errors
     /// If it can't be written.
-    pub fn node(&self, name: &str, address: Ipv4Addr) -> Result<()> {
-        self.write(
-            &format!("node-{name}.yaml"),
-            &format!(
-                "apiVersion: v1\nkind: Node\nmetadata:\n  name: {name}\nstatus:\n  addresses:\n  - type: InternalIP\n    \
-                 address: {address}\n"
-            ),
-        )
+    pub fn node(&self, name: &str, addresses: &[IpAddr]) -> Result<()> {
+        let mut text = format!("apiVersion: v1\nkind: Node\nmetadata:\n  name: {name}\nstatus:\n  addresses:\n");
+        for address in addresses {
+            let _ = writeln!(text, "  - type: InternalIP\n    address: {address}");
+        }
+        self.write(&format!("node-{name}.yaml"), &text)
     }
 
     /// Writes a Service and its endpoints, or replaces them.

@@ -174,18 +174,27 @@ impl Namespace {
         self.run(|| std::fs::write(&path, value)).with_context(|| format!("{}: {path} = {value}", self.name))
     }
 
-    /// Packets that this namespace's stack found to have a wrong checksum, all protocols together.
+    /// Packets that this namespace's stack found to have a wrong checksum, all protocols of both families together.
     ///
     /// # Errors
     /// If the counters can't be read.
     pub fn checksum_errors(&self) -> Result<u64> {
-        let text = self.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp")).context("reading net/snmp")?;
+        let read = |file: &str| {
+            let path = format!("/proc/thread-self/net/{file}");
+            self.run(|| std::fs::read_to_string(&path)).with_context(|| format!("reading {path}"))
+        };
+        // A line of names, then a line of numbers; TCP's are those of both families.
+        let text = read("snmp")?;
         let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
-        Ok(lines
-            .chunks(2)
-            .flat_map(|pair| pair[0].iter().zip(pair.get(1).into_iter().flatten()))
-            .filter(|(name, _)| **name == "InCsumErrors")
-            .filter_map(|(_, value)| value.parse::<u64>().ok())
+        let pairs =
+            lines.chunks(2).flat_map(|pair| pair[0].iter().copied().zip(pair.get(1).into_iter().flatten().copied()));
+        // A name and a number in each line.
+        let text6 = read("snmp6")?;
+        let pairs6 = text6.lines().filter_map(|line| line.split_once(char::is_whitespace));
+        Ok(pairs
+            .chain(pairs6)
+            .filter(|(name, _)| name.ends_with("InCsumErrors"))
+            .filter_map(|(_, value)| value.trim().parse::<u64>().ok())
             .sum())
     }
 }

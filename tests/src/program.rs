@@ -3,7 +3,8 @@
 //! Nothing is pinned and nothing attached: the object is loaded privately and goes with its [`Programs`].
 
 use std::collections::HashMap as StdHashMap;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::hash::Hash;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::maps::{Array, HashMap, PerCpuArray};
@@ -15,7 +16,9 @@ use sheave_common::counter::ServiceCounter;
 use sheave_common::features;
 use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::frontend::{BackendSet, Frontend, FrontendKey, flags as frontend_flags};
-use sheave_common::{Address as _, DropReason, Ipv4Address, Ipv6Address, names};
+use sheave_common::{Address, DropReason, Ipv4Address, Ipv6Address, names};
+
+use crate::family::Family;
 
 /// tc's "next program".
 pub const NEXT: i32 = -1;
@@ -66,12 +69,12 @@ const SK_BUFF_GSO_SIZE: usize = 176;
 pub struct Service {
     /// Its id.
     pub id: u32,
-    /// Frontends with bits of [`sheave_common::frontend::flags`].
-    pub frontends: Vec<(SocketAddrV4, u32)>,
+    /// Frontends of either family, with bits of [`sheave_common::frontend::flags`].
+    pub frontends: Vec<(SocketAddr, u32)>,
     /// Protocol number.
     pub protocol: u8,
-    /// Endpoints: address, and whether it is on this node.
-    pub endpoints: Vec<(SocketAddrV4, bool)>,
+    /// Endpoints: address, and whether it is on this node. A frontend gets those of its family.
+    pub endpoints: Vec<(SocketAddr, bool)>,
     /// Affinity time-out in seconds.
     pub affinity: u32,
 }
@@ -92,13 +95,13 @@ impl Programs {
         let mut loader = EbpfLoader::new();
         for (map, size) in [
             (names::CONNTRACK4, 65_536),
-            (names::CONNTRACK6, 1_024),
+            (names::CONNTRACK6, 65_536),
             (names::HALF_OPEN4, 65_536),
-            (names::HALF_OPEN6, 1_024),
+            (names::HALF_OPEN6, 65_536),
             (names::BACKEND_TABLE, 4_096),
             (names::SERVICE_COUNTERS, 1_024),
             (names::AFFINITY4, 4_096),
-            (names::AFFINITY6, 1_024),
+            (names::AFFINITY6, 4_096),
         ] {
             loader.map_max_entries(map, size);
         }
@@ -152,63 +155,114 @@ impl Programs {
         for (address, local) in &service.endpoints {
             let id = self.next_backend;
             self.next_backend += 1;
-            let mut flags = backend_flags::IN_CLUSTER_SET;
-            if *local {
-                flags |= backend_flags::LOCAL | backend_flags::IN_LOCAL_SET;
+            match address.ip() {
+                IpAddr::V4(ip) => {
+                    self.backend(names::BACKENDS4, id, service, Ipv4Address::from(ip), address, *local)?;
+                }
+                IpAddr::V6(ip) => {
+                    self.backend(names::BACKENDS6, id, service, Ipv6Address::from(ip), address, *local)?;
+                }
             }
-            let backend = Backend {
-                version: self.next_version(),
-                service_id: service.id,
-                address: Ipv4Address::from(*address.ip()),
-                port_be: address.port().to_be(),
-                weight: 1,
-                flags,
-                reserved: Ipv4Address::FILL,
-            };
-            self.hash::<u32, Backend<Ipv4Address>>(names::BACKENDS4)?.insert(id, backend, 0)?;
             ids.push(id);
         }
-        let local: Vec<u32> =
-            ids.iter().zip(&service.endpoints).filter(|(_, (_, local))| *local).map(|(id, _)| *id).collect();
-        let cluster = self.run(&ids)?;
-        let local = self.run(&local)?;
-        for (address, flags) in &service.frontends {
-            let key = FrontendKey::new(Ipv4Address::from(*address.ip()), address.port().to_be(), service.protocol);
-            let frontend = Frontend {
-                version: self.next_version(),
-                service_id: service.id,
-                flags: *flags,
-                cluster,
-                local,
-                affinity_seconds: service.affinity,
-                reserved: 0,
-            };
-            self.hash::<FrontendKey<Ipv4Address>, Frontend>(names::FRONTENDS4)?.insert(key, frontend, 0)?;
-            let mark = if flags & frontend_flags::CLUSTER_IP != 0 {
-                frontend_flags::WHOLE_ADDRESS
-            } else if flags & (frontend_flags::LOAD_BALANCER | frontend_flags::EXTERNAL_IP) != 0 {
-                frontend_flags::SERVICE_ADDRESS
-            } else {
-                0
-            };
-            if mark != 0 {
-                let marked = Frontend {
+        for family in Family::BOTH {
+            let of_family = |address: &SocketAddr| Family::of(address.ip()) == family;
+            if !service.frontends.iter().any(|(address, _)| of_family(address)) {
+                continue;
+            }
+            let mine = || ids.iter().zip(&service.endpoints).filter(|(_, (address, _))| of_family(address));
+            let cluster: Vec<u32> = mine().map(|(id, _)| *id).collect();
+            let local: Vec<u32> = mine().filter(|(_, (_, local))| *local).map(|(id, _)| *id).collect();
+            let (cluster, local) = (self.run(&cluster)?, self.run(&local)?);
+            for (address, flags) in service.frontends.iter().filter(|(address, _)| of_family(address)) {
+                let frontend = Frontend {
                     version: self.next_version(),
-                    service_id: 0,
-                    flags: mark,
-                    cluster: BackendSet::default(),
-                    local: BackendSet::default(),
-                    affinity_seconds: 0,
+                    service_id: service.id,
+                    flags: *flags,
+                    cluster,
+                    local,
+                    affinity_seconds: service.affinity,
                     reserved: 0,
                 };
-                self.hash::<FrontendKey<Ipv4Address>, Frontend>(names::FRONTENDS4)?.insert(
-                    FrontendKey::mark(key.address),
-                    marked,
-                    0,
-                )?;
+                let (port_be, protocol) = (address.port().to_be(), service.protocol);
+                match address.ip() {
+                    IpAddr::V4(ip) => {
+                        self.frontend(names::FRONTENDS4, Ipv4Address::from(ip), port_be, protocol, frontend)?;
+                    }
+                    IpAddr::V6(ip) => {
+                        self.frontend(names::FRONTENDS6, Ipv6Address::from(ip), port_be, protocol, frontend)?;
+                    }
+                }
             }
         }
         Ok(ids)
+    }
+
+    fn backend<A: Address>(
+        &mut self,
+        map: &str,
+        id: u32,
+        service: &Service,
+        address: A,
+        endpoint: &SocketAddr,
+        local: bool,
+    ) -> Result<()>
+    where
+        Backend<A>: Pod,
+    {
+        let mut flags = backend_flags::IN_CLUSTER_SET;
+        if local {
+            flags |= backend_flags::LOCAL | backend_flags::IN_LOCAL_SET;
+        }
+        let backend = Backend {
+            version: self.next_version(),
+            service_id: service.id,
+            address,
+            port_be: endpoint.port().to_be(),
+            weight: 1,
+            flags,
+            reserved: A::FILL,
+        };
+        Ok(self.hash::<u32, Backend<A>>(map)?.insert(id, backend, 0)?)
+    }
+
+    /// Writes a frontend and, where its kind asks for one, the mark on its address.
+    fn frontend<A: Address>(
+        &mut self,
+        map: &str,
+        address: A,
+        port_be: u16,
+        protocol: u8,
+        frontend: Frontend,
+    ) -> Result<()>
+    where
+        FrontendKey<A>: Pod,
+    {
+        let mark = if frontend.flags & frontend_flags::CLUSTER_IP != 0 {
+            frontend_flags::WHOLE_ADDRESS
+        } else if frontend.flags & (frontend_flags::LOAD_BALANCER | frontend_flags::EXTERNAL_IP) != 0 {
+            frontend_flags::SERVICE_ADDRESS
+        } else {
+            0
+        };
+        self.hash::<FrontendKey<A>, Frontend>(map)?.insert(
+            FrontendKey::new(address, port_be, protocol),
+            frontend,
+            0,
+        )?;
+        if mark != 0 {
+            let marked = Frontend {
+                version: self.next_version(),
+                service_id: 0,
+                flags: mark,
+                cluster: BackendSet::default(),
+                local: BackendSet::default(),
+                affinity_seconds: 0,
+                reserved: 0,
+            };
+            self.hash::<FrontendKey<A>, Frontend>(map)?.insert(FrontendKey::mark(address), marked, 0)?;
+        }
+        Ok(())
     }
 
     fn next_version(&mut self) -> u64 {
@@ -280,9 +334,22 @@ impl Programs {
         Ok(records)
     }
 
-    /// All entries of a flow map.
+    /// All entries of an IPv4 flow map.
     pub fn flows(&mut self, map: &str) -> Result<StdHashMap<FlowKey<Ipv4Address>, Flow<Ipv4Address>>> {
-        let map = self.hash::<FlowKey<Ipv4Address>, Flow<Ipv4Address>>(map)?;
+        self.flows_of(map)
+    }
+
+    /// All entries of an IPv6 flow map.
+    pub fn flows6(&mut self, map: &str) -> Result<StdHashMap<FlowKey<Ipv6Address>, Flow<Ipv6Address>>> {
+        self.flows_of(map)
+    }
+
+    fn flows_of<A: Address + Hash>(&mut self, map: &str) -> Result<StdHashMap<FlowKey<A>, Flow<A>>>
+    where
+        FlowKey<A>: Pod,
+        Flow<A>: Pod,
+    {
+        let map = self.hash::<FlowKey<A>, Flow<A>>(map)?;
         map.iter().map(|entry| entry.map_err(Into::into)).collect()
     }
 
@@ -322,7 +389,7 @@ pub fn default_config() -> Config {
         snat_port_last: 29_999,
         rejects_per_second: 1_000,
         hairpin4: Ipv4Address::from(Ipv4Addr::new(169, 254, 42, 1)),
-        hairpin6: Ipv6Address::UNSPECIFIED,
+        hairpin6: Ipv6Address::from(Ipv6Addr::new(0xfd53, 0x6865, 0x6176, 0x6500, 0, 0, 0, 1)),
         node4: Ipv4Address::UNSPECIFIED,
         node6: Ipv6Address::UNSPECIFIED,
     }

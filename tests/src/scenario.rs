@@ -3,7 +3,7 @@
 //! Services are published in a folder of manifests, or through the API server of `SHEAVE_TEST_KUBECONFIG` if that is set.
 //! An API server gives out cluster IPs and node ports of its own, so who asks a Service asks [`Scenario::at`] where it is.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -15,6 +15,7 @@ use serde_json::Value;
 use crate::agent::Agent;
 use crate::api_server::{ApiServer, Given};
 use crate::client;
+use crate::family::Family;
 use crate::manifests::{Endpoint, Manifests, Service};
 use crate::netns::Namespace;
 use crate::process::eventually;
@@ -79,7 +80,7 @@ impl Scenario {
         let node = &cluster.nodes[0];
         let agent = match &source {
             Source::Folder(manifests) => {
-                manifests.node(&node.name, node.address)?;
+                manifests.node(&node.name, &[node.address.into(), node.address6.into()])?;
                 Agent::start(node, manifests, arguments)?
             }
             Source::ApiServer(server) => {
@@ -107,17 +108,20 @@ impl Scenario {
         self.given.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The ClusterIP that a Service has got which was published with this one.
+    /// The ClusterIP that a Service has got which was published with this one; see [`Self::at`] for either family.
     #[must_use]
     pub fn cluster_ip(&self, asked: Ipv4Addr) -> Ipv4Addr {
-        self.given().cluster_ips.get(&asked).copied().unwrap_or(asked)
+        match self.given().cluster_ips.get(&asked.into()) {
+            Some(IpAddr::V4(given)) => *given,
+            _ => asked,
+        }
     }
 
     /// Where to ask for what was published with this address and port: a ClusterIP's port, or a nodePort of any other
     /// address. What isn't published is where it is.
     #[must_use]
-    pub fn at(&self, address: Ipv4Addr, port: u16) -> SocketAddr {
-        let given = self.given();
+    pub fn at(&self, address: impl Into<IpAddr>, port: u16) -> SocketAddr {
+        let (address, given) = (address.into(), self.given());
         match given.cluster_ips.get(&address) {
             Some(given) => client::at(*given, port),
             None => client::at(address, given.node_ports.get(&port).copied().unwrap_or(port)),
@@ -144,9 +148,9 @@ impl Scenario {
     /// # Errors
     /// If the manifests can't be written, or don't reach the maps within seconds.
     pub fn publish<'a>(&self, service: &Service, pods: impl IntoIterator<Item = &'a Pod>) -> Result<()> {
-        let endpoints: Vec<Endpoint> = pods.into_iter().map(Endpoint::from).collect();
+        let endpoints = service.endpoints(pods);
         self.update(service, &endpoints)?;
-        self.wait_until_published(service, &endpoints.iter().map(|endpoint| endpoint.address).collect::<Vec<_>>())
+        self.wait_until_published(service, &endpoints)
     }
 
     /// Publishes a Service, or what has become of it, without waiting.
@@ -161,7 +165,10 @@ impl Scenario {
         let Given { cluster_ips, node_ports } = server.service(service, endpoints)?;
         for address in cluster_ips.values() {
             // As to the addresses that tests take themselves.
-            self.cluster.client.ip(&[format!("route replace {address}/32 via {}", self.node().address)])?;
+            let family = Family::of(*address);
+            let length = if family == Family::V4 { 32 } else { 128 };
+            let route = format!("route replace {address}/{length} via {}", self.node().address_of(family));
+            self.cluster.client.ip(&[route])?;
         }
         let mut given = self.given();
         given.cluster_ips.extend(cluster_ips);
@@ -169,9 +176,11 @@ impl Scenario {
         Ok(())
     }
 
-    fn wait_until_published(&self, service: &Service, endpoints: &[Ipv4Addr]) -> Result<()> {
-        let mut expected: Vec<String> = endpoints.iter().map(ToString::to_string).collect();
-        expected.sort();
+    /// Waits until every frontend of a Service has the endpoints of its family.
+    ///
+    /// # Errors
+    /// If the maps don't show that within seconds.
+    pub fn wait_until_published(&self, service: &Service, endpoints: &[Endpoint]) -> Result<()> {
         let id = match &self.source {
             Source::Folder(_) => service.id(),
             Source::ApiServer(server) => server.id(service),
@@ -182,13 +191,21 @@ impl Scenario {
             let rows = shown.as_array().into_iter().flatten();
             let mut rows = rows.filter(|row| row["service"].as_str().is_some_and(|name| name.starts_with(&named_port)));
             let holds = |row: &Value| {
+                let Some(address) = row["address"].as_str().and_then(|address| address.parse::<IpAddr>().ok()) else {
+                    return false;
+                };
+                let addresses = endpoints.iter().map(|endpoint| endpoint.address);
+                let mut expected: Vec<IpAddr> =
+                    addresses.filter(|one| Family::of(*one) == Family::of(address)).collect();
+                expected.sort_unstable();
                 let backends = row["cluster_backends"].as_array().into_iter().flatten().filter_map(Value::as_str);
-                let mut addresses: Vec<&str> = backends.filter_map(|one| one.split(':').next()).collect();
+                let backends = backends.filter_map(|one| one.parse::<SocketAddr>().ok());
+                let mut addresses: Vec<IpAddr> = backends.map(|one| one.ip()).collect();
                 addresses.sort_unstable();
                 addresses == expected
             };
             let first = rows.next().with_context(|| format!("{id} is not in `sheave services`: {shown:#}"))?;
-            ensure!(holds(first) && rows.all(holds), "{id} should have {expected:?}: {shown:#}");
+            ensure!(holds(first) && rows.all(holds), "{id} should have {endpoints:?}: {shown:#}");
             Ok(())
         });
         waited.with_context(|| format!("log of sheave:\n{}", self.agent.log()))
@@ -220,7 +237,7 @@ impl Scenario {
                 // Every set but the empty one comes up.
                 let chosen = round % ((1 << pods.len()) - 1) + 1;
                 let set = pods.iter().enumerate().filter(|(index, _)| chosen >> index & 1 == 1);
-                let endpoints: Vec<Endpoint> = set.map(|(_, pod)| Endpoint::from(*pod)).collect();
+                let endpoints = service.endpoints(set.map(|(_, pod)| *pod));
                 outcome = self.update(service, &endpoints);
                 std::thread::sleep(Duration::from_millis(100));
             }

@@ -1,4 +1,4 @@
-//! Servers in a pod's namespace that say who they are and whom they see.
+//! Servers in a pod's namespace that say who they are and whom they see, on all addresses of both families.
 //!
 //! | port | protocol | answer |
 //! | --- | --- | --- |
@@ -10,7 +10,7 @@
 
 use std::convert::Infallible;
 use std::io::{self, Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -63,7 +63,8 @@ impl Server {
     /// # Errors
     /// If the port is taken.
     pub fn start_http(&mut self, namespace: &Namespace, name: &str) -> Result<()> {
-        let listener = namespace.run(|| TcpListener::bind(("0.0.0.0", HTTP))).context("binding the HTTP server")?;
+        let listener =
+            namespace.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, HTTP))).context("binding the HTTP server")?;
         listener.set_nonblocking(true)?;
         let (name, stop) = (name.to_owned(), Arc::clone(&self.stop));
         self.threads.push(namespace.spawn(move || {
@@ -81,7 +82,7 @@ impl Server {
         port: u16,
         answer: fn(&str, TcpStream) -> io::Result<()>,
     ) -> Result<()> {
-        let listener = namespace.run(|| TcpListener::bind(("0.0.0.0", port)));
+        let listener = namespace.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)));
         let listener = listener.with_context(|| format!("binding TCP port {port} in {}", namespace.name()))?;
         listener.set_nonblocking(true)?;
         let (name, stop) = (name.to_owned(), Arc::clone(&self.stop));
@@ -100,7 +101,7 @@ impl Server {
     }
 
     fn answer_udp(&mut self, namespace: &Namespace, name: &str) -> Result<()> {
-        let socket = namespace.run(|| UdpSocket::bind(("0.0.0.0", UDP)));
+        let socket = namespace.run(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, UDP)));
         let socket = socket.with_context(|| format!("binding UDP port {UDP} in {}", namespace.name()))?;
         socket.set_read_timeout(Some(Duration::from_millis(100)))?;
         let (name, stop) = (name.to_owned(), Arc::clone(&self.stop));
@@ -108,7 +109,7 @@ impl Server {
             let mut buffer = vec![0; 65_536];
             while !stop.load(Ordering::Relaxed) {
                 let Ok((length, client)) = socket.recv_from(&mut buffer) else { continue };
-                let mut answer = format!("{name} {client} ").into_bytes();
+                let mut answer = format!("{name} {} ", plain(client)).into_bytes();
                 answer.extend_from_slice(&buffer[..length]);
                 let _ = socket.send_to(&answer, client);
             }
@@ -127,18 +128,18 @@ impl Drop for Server {
 }
 
 fn who(name: &str, mut connection: TcpStream) -> io::Result<()> {
-    let line = format!("{name} {}\n", connection.peer_addr()?);
+    let line = describe(name, connection.peer_addr()?);
     connection.write_all(line.as_bytes())
 }
 
 fn patient(name: &str, mut connection: TcpStream) -> io::Result<()> {
-    connection.write_all(format!("{name} {}\n", connection.peer_addr()?).as_bytes())?;
+    connection.write_all(describe(name, connection.peer_addr()?).as_bytes())?;
     connection.set_read_timeout(Some(Duration::from_secs(1)))?;
     connection.read(&mut [0]).map(drop)
 }
 
 fn echo(name: &str, mut connection: TcpStream) -> io::Result<()> {
-    connection.write_all(format!("{name} {}\n", connection.peer_addr()?).as_bytes())?;
+    connection.write_all(describe(name, connection.peer_addr()?).as_bytes())?;
     let mut buffer = vec![0; 65_536];
     loop {
         let length = connection.read(&mut buffer)?;
@@ -165,7 +166,12 @@ async fn serve_http(listener: TcpListener, name: String, stop: Arc<AtomicBool>) 
 }
 
 fn describe(name: &str, client: SocketAddr) -> String {
-    format!("{name} {client}\n")
+    format!("{name} {}\n", plain(client))
+}
+
+/// An IPv4 client's address as such: a socket of both families sees it as an IPv6 address.
+fn plain(client: SocketAddr) -> SocketAddr {
+    SocketAddr::new(client.ip().to_canonical(), client.port())
 }
 
 fn wait_readable(listener: &TcpListener) {

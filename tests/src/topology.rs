@@ -1,19 +1,20 @@
-//! A small cluster made of network namespaces.
+//! A small dual-stack cluster made of network namespaces.
 //!
 //! ```text
-//!   client ──┐                       192.168.50.100
-//!            lan (a switch; 192.168.50.254 is everyone's default gateway)
-//!   node-1 ──┤                       192.168.50.1, pods 10.244.1.0/24
-//!   node-2 ──┘                       192.168.50.2, pods 10.244.2.0/24
+//!   client ──┐    192.168.50.100                          fd00:50::100
+//!            lan (a switch; 192.168.50.254 and fd00:50::fe are everyone's default gateways)
+//!   node-1 ──┤    192.168.50.1, pods 10.244.1.0/24        fd00:50::1, pods fd00:10:244:1::/64
+//!   node-2 ──┘    192.168.50.2, pods 10.244.2.0/24        fd00:50::2, pods fd00:10:244:2::/64
 //! ```
 //!
 //! Pods hang on a bridge (as with flannel or the bridge plugin) or on one routed veth each (as with Calico); the nodes
-//! reach each other's pods by plain routes or through VXLAN as flannel builds it.
+//! reach each other's pods by plain routes or through VXLAN as flannel builds it, one device for each family.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Context as _, Result};
 
+use crate::family::Family;
 use crate::netns::Namespace;
 use crate::wire::{self, XdpPass};
 
@@ -22,7 +23,8 @@ use crate::wire::{self, XdpPass};
 pub enum PodNetwork {
     /// All pods of a node on the bridge `cni0`.
     Bridged,
-    /// A veth and a /32 route each; the gateway is 169.254.1.1, answered by proxy ARP.
+    /// A veth and a host route of each family; the gateway is 169.254.1.1, answered by proxy ARP, or the veth's link-local
+    /// address.
     Routed,
 }
 
@@ -31,7 +33,7 @@ pub enum PodNetwork {
 pub enum NodeNetwork {
     /// By a route over the uplink.
     Plain,
-    /// Through the VXLAN device `flannel.1`.
+    /// Through the VXLAN devices `flannel.1` and, for IPv6, `flannel-v6.1`.
     Vxlan,
 }
 
@@ -60,7 +62,7 @@ impl Default for Shape {
 pub struct Cluster {
     /// The switch between the nodes.
     pub lan: Namespace,
-    /// The client, at [`CLIENT`].
+    /// The client, at [`CLIENT`] and [`CLIENT6`].
     pub client: Namespace,
     /// `node-1` and `node-2`.
     pub nodes: Vec<Node>,
@@ -76,6 +78,8 @@ pub struct Node {
     pub namespace: Namespace,
     /// Its address on the LAN.
     pub address: Ipv4Addr,
+    /// Its IPv6 address on the LAN.
+    pub address6: Ipv6Addr,
     /// Its pods.
     pub pods: Vec<Pod>,
     number: u8,
@@ -91,6 +95,8 @@ pub struct Pod {
     pub namespace: Namespace,
     /// Its address.
     pub address: Ipv4Addr,
+    /// Its IPv6 address.
+    pub address6: Ipv6Addr,
     /// The node that it is on.
     pub node: String,
     /// Host side of its veth, in the node's namespace.
@@ -99,8 +105,18 @@ pub struct Pod {
 
 /// The client's address.
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 100);
+/// The client's IPv6 address.
+pub const CLIENT6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x50, 0, 0, 0, 0, 0, 0x100);
 /// Where the tests' ClusterIPs come from; the client has a route to them through node 1.
 pub const SERVICE_NETWORK: &str = "10.96.0.0/16";
+/// The same for IPv6.
+pub const SERVICE_NETWORK6: &str = "fd00:10:96::/112";
+
+/// The client's address of a family.
+#[must_use]
+pub fn client_address(family: Family) -> IpAddr {
+    family.pick(CLIENT, CLIENT6)
+}
 
 impl Cluster {
     /// Builds one.
@@ -108,13 +124,20 @@ impl Cluster {
     /// # Errors
     /// Whatever `ip` complains of.
     pub fn build(shape: Shape) -> Result<Self> {
-        let lan = Namespace::new("lan")?;
-        lan.ip(&["link add switch type bridge", "address add 192.168.50.254/24 dev switch", "link set switch up"])?;
-        let client = Namespace::new("client")?;
+        let lan = namespace("lan")?;
+        lan.ip(&[
+            "link add switch type bridge",
+            "address add 192.168.50.254/24 dev switch",
+            "address add fd00:50::fe/64 dev switch",
+            "link set switch up",
+        ])?;
+        let client = namespace("client")?;
         connect(&lan, "client", &client)?;
         client.ip(&[
             format!("address add {CLIENT}/24 dev eth0"),
+            format!("address add {CLIENT6}/64 dev eth0"),
             format!("route add {SERVICE_NETWORK} via 192.168.50.1"),
+            format!("route add {SERVICE_NETWORK6} via fd00:50::1"),
         ])?;
         plenty_of_ports(&client)?;
         let mut nodes = Vec::new();
@@ -151,6 +174,15 @@ impl Cluster {
     }
 }
 
+/// A namespace whose IPv6 addresses may be used at once: nobody else on these links could have them, so there is nothing
+/// to wait for.
+fn namespace(name: &str) -> Result<Namespace> {
+    let namespace = Namespace::new(name)?;
+    namespace.sysctl("ipv6/conf/default/accept_dad", "0")?;
+    namespace.sysctl("ipv6/conf/default/accept_ra", "0")?;
+    Ok(namespace)
+}
+
 /// Lets a client open tens of thousands of connections to one address: without reuse, the kernel searches longer and longer
 /// for a port that no TIME_WAIT holds.
 fn plenty_of_ports(namespace: &Namespace) -> Result<()> {
@@ -170,45 +202,51 @@ fn connect(lan: &Namespace, port: &str, to: &Namespace) -> Result<()> {
 impl Node {
     fn build(lan: &Namespace, number: u8, shape: Shape) -> Result<Self> {
         let name = format!("node-{number}");
-        let namespace = Namespace::new(&name)?;
+        let namespace = namespace(&name)?;
         connect(lan, &name, &namespace)?;
         let other = 3 - number;
         namespace.ip(&[
             format!("address add 192.168.50.{number}/24 dev eth0"),
+            format!("address add fd00:50::{number}/64 dev eth0"),
             "route add default via 192.168.50.254".into(),
+            "route add default via fd00:50::fe".into(),
         ])?;
         namespace.sysctl("ipv4/ip_forward", "1")?;
+        namespace.sysctl("ipv6/conf/all/forwarding", "1")?;
         match shape.nodes {
             NodeNetwork::Plain => {
-                namespace.ip(&[format!("route add 10.244.{other}.0/24 via 192.168.50.{other}")])?;
+                namespace.ip(&[
+                    format!("route add 10.244.{other}.0/24 via 192.168.50.{other}"),
+                    format!("route add fd00:10:244:{other}::/64 via fd00:50::{other}"),
+                ])?;
             }
             NodeNetwork::Vxlan => {
-                namespace.ip(&[
-                    format!(
-                        "link add flannel.1 type vxlan id 1 dev eth0 local 192.168.50.{number} dstport 8472 nolearning"
-                    ),
-                    format!("link set flannel.1 address {}", vxlan_mac(number)),
-                    format!("address add 10.244.{number}.0/32 dev flannel.1"),
-                    "link set flannel.1 up".into(),
-                    format!("route add 10.244.{other}.0/24 via 10.244.{other}.0 dev flannel.1 onlink"),
-                    format!("neighbour add 10.244.{other}.0 lladdr {} dev flannel.1 nud permanent", vxlan_mac(other)),
-                ])?;
-                namespace.bridge(&[format!("fdb append {} dev flannel.1 dst 192.168.50.{other}", vxlan_mac(other))])?;
+                for family in Family::BOTH {
+                    vxlan(&namespace, family, number, other)?;
+                }
             }
         }
         if shape.pods == PodNetwork::Bridged {
             namespace.ip(&[
                 format!("link add cni0 mtu {} type bridge", shape.pod_mtu()),
                 format!("address add 10.244.{number}.1/24 dev cni0"),
+                format!("address add fd00:10:244:{number}::1/64 dev cni0"),
                 "link set cni0 up".into(),
             ])?;
         }
         let address = Ipv4Addr::new(192, 168, 50, number);
-        let mut node = Self { name, namespace, address, pods: Vec::new(), number, shape };
+        let address6 = Ipv6Addr::new(0xfd00, 0x50, 0, 0, 0, 0, 0, u16::from(number));
+        let mut node = Self { name, namespace, address, address6, pods: Vec::new(), number, shape };
         for _ in 0..shape.pod_counts[usize::from(number - 1)] {
             node.add_pod()?;
         }
         Ok(node)
+    }
+
+    /// Its address of a family.
+    #[must_use]
+    pub fn address_of(&self, family: Family) -> IpAddr {
+        family.pick(self.address, self.address6)
     }
 
     /// Adds a pod, as a CNI would.
@@ -231,9 +269,10 @@ impl Node {
             PodNetwork::Routed => format!("cali{count}"),
         };
         let address = Ipv4Addr::new(10, 244, number, count + 1);
+        let address6 = Ipv6Addr::new(0xfd00, 0x10, 0x244, u16::from(number), 0, 0, 0, u16::from(count) + 1);
         // By the IP address, as CNI plugins do it: a pod that takes over an address is known to its neighbours at once.
         let hardware_address = format!("0a:58:0a:f4:{number:02x}:{:02x}", count + 1);
-        let namespace = Namespace::new(&name)?;
+        let namespace = namespace(&name)?;
         self.namespace.ip(&[
             format!(
                 "link add {host_link} {index} mtu {mtu} type veth peer name eth0 address {hardware_address} mtu {mtu} netns {}",
@@ -246,24 +285,32 @@ impl Node {
                 self.namespace.ip(&[format!("link set {host_link} master cni0")])?;
                 namespace.ip(&[
                     format!("address add {address}/24 dev eth0"),
+                    format!("address add {address6}/64 dev eth0"),
                     "link set eth0 up".into(),
                     format!("route add default via 10.244.{number}.1"),
+                    format!("route add default via fd00:10:244:{number}::1"),
                 ])?;
             }
             PodNetwork::Routed => {
                 self.namespace.sysctl(&format!("ipv4/conf/{host_link}/proxy_arp"), "1")?;
                 self.namespace.sysctl(&format!("ipv4/neigh/{host_link}/proxy_delay"), "0")?;
-                self.namespace.ip(&[format!("route add {address}/32 dev {host_link} scope link")])?;
+                self.namespace.ip(&[
+                    format!("route add {address}/32 dev {host_link} scope link"),
+                    format!("address add {LINK_LOCAL_GATEWAY}/64 dev {host_link}"),
+                    format!("route add {address6}/128 dev {host_link}"),
+                ])?;
                 namespace.ip(&[
                     format!("address add {address}/32 dev eth0"),
+                    format!("address add {address6}/128 dev eth0"),
                     "link set eth0 up".into(),
                     "route add 169.254.1.1 dev eth0 scope link".into(),
                     "route add default via 169.254.1.1 dev eth0".into(),
+                    format!("route add default via {LINK_LOCAL_GATEWAY} dev eth0"),
                 ])?;
             }
         }
         plenty_of_ports(&namespace)?;
-        Ok(Pod { name, namespace, address, node: self.name.clone(), host_link })
+        Ok(Pod { name, namespace, address, address6, node: self.name.clone(), host_link })
     }
 
     /// Takes the first pod away and makes a new one with its address and its interface index.
@@ -286,16 +333,50 @@ impl Node {
     }
 }
 
+impl Pod {
+    /// Its address of a family.
+    #[must_use]
+    pub fn address_of(&self, family: Family) -> IpAddr {
+        family.pick(self.address, self.address6)
+    }
+}
+
 impl Shape {
-    /// VXLAN takes 50 bytes of every packet.
+    /// VXLAN takes 50 bytes of every packet, and 70 where it goes over IPv6.
     fn pod_mtu(&self) -> u16 {
         match self.nodes {
             NodeNetwork::Plain => 1500,
-            NodeNetwork::Vxlan => 1450,
+            NodeNetwork::Vxlan => 1430,
         }
     }
 }
 
-fn vxlan_mac(node: u8) -> String {
-    format!("02:00:00:00:fa:{node:02x}")
+/// The gateway of routed pods, on the host side of each one's veth.
+const LINK_LOCAL_GATEWAY: &str = "fe80::ecee:eeff:feee:eeee";
+
+/// The tunnel from node `number` to the pods of `other`.
+fn vxlan(namespace: &Namespace, family: Family, number: u8, other: u8) -> Result<()> {
+    let device = match family {
+        Family::V4 => "flannel.1",
+        Family::V6 => "flannel-v6.1",
+    };
+    let node = |number: u8| match family {
+        Family::V4 => format!("192.168.50.{number}"),
+        Family::V6 => format!("fd00:50::{number}"),
+    };
+    let subnet = |number: u8| match family {
+        Family::V4 => (format!("10.244.{number}.0"), 24, 32),
+        Family::V6 => (format!("fd00:10:244:{number}::"), 64, 128),
+    };
+    let mac = |node: u8| format!("02:00:00:00:f{}:{node:02x}", if family == Family::V4 { 'a' } else { 'b' });
+    let ((own, _, host), (there, length, _)) = (subnet(number), subnet(other));
+    namespace.ip(&[
+        format!("link add {device} type vxlan id 1 dev eth0 local {} dstport 8472 nolearning", node(number)),
+        format!("link set {device} address {}", mac(number)),
+        format!("address add {own}/{host} dev {device}"),
+        format!("link set {device} up"),
+        format!("route add {there}/{length} via {there} dev {device} onlink"),
+        format!("neighbour add {there} lladdr {} dev {device} nud permanent", mac(other)),
+    ])?;
+    namespace.bridge(&[format!("fdb append {} dev {device} dst {}", mac(other), node(other))])
 }

@@ -80,7 +80,7 @@ fn any_service(number: u32, random: &mut Random) -> (Service, Vec<Endpoint>) {
 
 fn endpoint(number: u32, ready: bool) -> Endpoint {
     Endpoint {
-        address: Ipv4Addr::from(0x0af4_0102 + number),
+        address: Ipv4Addr::from(0x0af4_0102 + number).into(),
         node: if number.is_multiple_of(2) { "node-1".into() } else { "node-2".into() },
         ready,
         serving: true,

@@ -1,13 +1,14 @@
 //! The clusters of the tests, before any Sheave runs in them: if these fail, no other namespace test means anything.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use sheave_tests::cgroup::Cgroup;
 use sheave_tests::client::{self, Conversation, at};
+use sheave_tests::family::Family;
 use sheave_tests::manifests::{Endpoint, Manifests, Service};
 use sheave_tests::netns::Namespace;
 use sheave_tests::process::{Process, built};
 use sheave_tests::server::{self, Server};
-use sheave_tests::topology::{CLIENT, Cluster, NodeNetwork, PodNetwork, Shape};
+use sheave_tests::topology::{Cluster, NodeNetwork, PodNetwork, Shape, client_address};
 
 /// A topology whose pods don't reach each other would be taken for a bug of Sheave's.
 #[test]
@@ -21,10 +22,17 @@ fn pods_reach_pods_on_both_nodes_in_every_shape() -> Result<()> {
                 let from = &cluster.nodes[0].pods[0];
                 for to in [near, far] {
                     let _server = Server::start(&to.namespace, &to.name)?;
-                    let answer = from.namespace.run(|| client::who(at(to.address, server::WHO)))?;
-                    ensure!(answer.backend == to.name && answer.seen.ip() == from.address, "{shape:?}: {answer:?}");
-                    from.namespace.run(|| client::ask_udp(at(to.address, server::UDP), "ping"))?;
-                    from.namespace.run(|| Conversation::open(at(to.address, server::ECHO))?.transfer(1_000_000))?;
+                    for family in Family::BOTH {
+                        let (to, own) = (to.address_of(family), from.address_of(family));
+                        from.namespace
+                            .run(|| -> Result<()> {
+                                let answer = client::who(at(to, server::WHO))?;
+                                ensure!(answer.seen.ip() == own, "{answer:?}");
+                                client::ask_udp(at(to, server::UDP), "ping")?;
+                                Conversation::open(at(to, server::ECHO))?.transfer(1_000_000)
+                            })
+                            .with_context(|| format!("{shape:?}, {own} to {to}"))?;
+                    }
                 }
             }
         }
@@ -39,8 +47,10 @@ fn the_client_reaches_a_node_and_is_seen_with_its_own_address() -> Result<()> {
         let cluster = Cluster::build(Shape { xdp, ..Shape::default() })?;
         let node = &cluster.nodes[0];
         let _server = Server::start(&node.namespace, "node-1")?;
-        let answer = cluster.client.run(|| client::who(at(node.address, server::WHO)))?;
-        ensure!(answer.seen.ip() == CLIENT, "{answer:?}");
+        for family in Family::BOTH {
+            let answer = cluster.client.run(|| client::who(at(node.address_of(family), server::WHO)))?;
+            ensure!(answer.seen.ip() == client_address(family), "{answer:?}");
+        }
         ensure!(cluster.checksum_errors()? == 0, "checksum errors in an untouched cluster");
     }
     Ok(())
@@ -62,18 +72,28 @@ fn thousands_of_connections_are_answered() -> Result<()> {
 #[test]
 fn manifests_are_written_whole_and_removed() -> Result<()> {
     let manifests = Manifests::new()?;
-    let service =
-        Service::new("web", [10, 96, 0, 10].into()).tcp("http", 80, server::WHO).node_port(30_500).affinity(60);
-    let endpoint = Endpoint {
-        address: [10, 244, 1, 2].into(),
-        node: "node-1".into(),
-        ready: true,
-        serving: true,
-        terminating: false,
+    let service = Service::new("web", [10, 96, 0, 10])
+        .and([0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0xa])
+        .tcp("http", 80, server::WHO)
+        .node_port(30_500)
+        .affinity(60);
+    let endpoint = |address: &str| -> Result<Endpoint> {
+        let (address, node) = (address.parse()?, "node-1".into());
+        Ok(Endpoint { address, node, ready: true, serving: true, terminating: false })
     };
-    manifests.service(&service, &[endpoint])?;
+    manifests.service(&service, &[endpoint("10.244.1.2")?, endpoint("fd00:10:244:1::2")?])?;
     let text = std::fs::read_to_string(manifests.path().join("web.yaml"))?;
-    for line in ["nodePort: 30500", "targetPort: 8080", "timeoutSeconds: 60", "- addresses: [10.244.1.2]"] {
+    for line in [
+        "nodePort: 30500",
+        "targetPort: 8080",
+        "timeoutSeconds: 60",
+        "ipFamilies: [IPv4, IPv6]",
+        "clusterIPs: [10.96.0.10, \"fd00:10:96::a\"]",
+        "addressType: IPv4",
+        "- addresses: [10.244.1.2]",
+        "addressType: IPv6",
+        "- addresses: [\"fd00:10:244:1::2\"]",
+    ] {
         ensure!(text.contains(line), "no {line:?} in\n{text}");
     }
     let folder = manifests.path().to_owned();

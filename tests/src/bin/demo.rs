@@ -65,7 +65,7 @@ fn demonstrate() -> Result<()> {
 
     let manifests = Manifests::new()?;
     for node in &cluster.nodes {
-        manifests.node(&node.name, node.address)?;
+        manifests.node(&node.name, &[node.address.into()])?;
     }
     let endpoints: Vec<Endpoint> = pods.iter().map(|pod| Endpoint::from(*pod)).collect();
     let web = Service::new("web", WEB).tcp("http", 80, server::HTTP).affinity(600);

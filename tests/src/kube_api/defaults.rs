@@ -1,15 +1,15 @@
 //! What an API server fills in when it takes an object: defaults, cluster IPs and node ports.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use serde_json::{Value, json};
 
 use super::store::Resource;
 use super::write::Refusal;
 
-/// Where cluster IPs are given out from: the upper half of 10.96.0.0/16, so that those who ask for one of the lower half
-/// get it.
-const CLUSTER_IPS: &str = "10.96";
+/// The families of this cluster, the primary one first.
+const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
 const NODE_PORTS: std::ops::RangeInclusive<u64> = 30_000..=32_767;
 /// Node ports that are given out unasked.
 const FREE_NODE_PORTS: std::ops::RangeInclusive<u64> = 31_000..=32_767;
@@ -83,36 +83,109 @@ fn service(object: &mut Value, old: Option<&Value>, others: &[&Value]) -> Result
     Ok(())
 }
 
+/// Cluster IPs that are given out unasked: the upper halves of 10.96.0.0/16 and fd00:10:96::/112, so that those who ask for
+/// one of the lower halves get it.
+fn candidates(family: &str) -> Box<dyn Iterator<Item = String>> {
+    if family == "IPv6" {
+        return Box::new((0x8001..=0xfffe_u16).map(|host| format!("fd00:10:96::{host:x}")));
+    }
+    Box::new((128..=255).flat_map(|high| (1..=254).map(move |low| format!("10.96.{high}.{low}"))))
+}
+
+fn family(address: &str) -> Result<&'static str, Refusal> {
+    match address.parse() {
+        Ok(IpAddr::V4(_)) => Ok("IPv4"),
+        Ok(IpAddr::V6(_)) => Ok("IPv6"),
+        Err(_) => Err(Refusal::invalid(&format!("spec.clusterIPs: Invalid value: {address:?}: not a valid IP"))),
+    }
+}
+
+/// The families that a Service asks for, whether by name, by address or by policy; of an update, those that it had.
+fn families(spec: &Value, old: Option<&Value>) -> Result<Vec<&'static str>, Refusal> {
+    let named = |families: &Value| -> Vec<&'static str> {
+        elements(families).filter_map(|one| FAMILIES.into_iter().find(|family| one == *family)).collect()
+    };
+    let mut wanted = named(&spec["ipFamilies"]);
+    for (index, address) in elements(&spec["clusterIPs"]).filter_map(Value::as_str).enumerate() {
+        let family = family(address)?;
+        match wanted.get(index) {
+            Some(named) if *named != family => {
+                return Err(Refusal::invalid(&format!(
+                    "spec.clusterIPs[{index}]: Invalid value: {address:?}: expected an {named} value as indicated by \
+                     `ipFamilies[{index}]`"
+                )));
+            }
+            Some(_) => {}
+            None => wanted.push(family),
+        }
+    }
+    if wanted.is_empty() {
+        wanted = old.map(|old| named(&old["spec"]["ipFamilies"])).unwrap_or_default();
+    }
+    if wanted.is_empty() {
+        wanted.push(FAMILIES[0]);
+    }
+    match spec["ipFamilyPolicy"].as_str() {
+        Some("SingleStack") if wanted.len() > 1 && old.is_none() => {
+            return Err(Refusal::invalid(
+                "spec.ipFamilyPolicy: Invalid value: \"SingleStack\": must be RequireDualStack or PreferDualStack when \
+                 multiple 'ipFamilies' are specified",
+            ));
+        }
+        Some("SingleStack") => wanted.truncate(1),
+        Some("PreferDualStack" | "RequireDualStack") => {
+            let missing: Vec<_> = FAMILIES.into_iter().filter(|family| !wanted.contains(family)).collect();
+            wanted.extend(missing);
+        }
+        _ => {}
+    }
+    Ok(wanted)
+}
+
 fn cluster_ip(spec: &mut Value, old: Option<&Value>, others: &[&Value]) -> Result<(), Refusal> {
     if let Some(first) = spec["clusterIPs"].get(0).cloned() {
         default(spec, "clusterIP", first);
     }
-    let kept = old.map(|old| old["spec"]["clusterIP"].clone()).unwrap_or_default();
-    default(spec, "clusterIP", kept.clone());
-    let taken: BTreeSet<&str> = others.iter().filter_map(|other| other["spec"]["clusterIP"].as_str()).collect();
-    match spec["clusterIP"].as_str() {
-        Some("None") => {}
-        Some(address) if taken.contains(address) => {
-            return Err(Refusal::invalid(&format!(
-                "spec.clusterIPs: Invalid value: [{address:?}]: failed to allocate IP {address}: provided IP is already \
-                 allocated"
-            )));
-        }
-        Some(address) if kept.is_string() && kept != address => {
-            return Err(Refusal::invalid("spec.clusterIPs[0]: Invalid value: field is immutable"));
-        }
-        Some(_) => {}
-        None => {
-            let candidates =
-                (128..=255).flat_map(|high| (1..=254).map(move |low| format!("{CLUSTER_IPS}.{high}.{low}")));
-            let free = candidates.into_iter().find(|address| !taken.contains(address.as_str()));
-            spec["clusterIP"] = free.ok_or_else(|| Refusal::invalid("range is full"))?.into();
-        }
+    let kept: Vec<Value> = old.map(|old| elements(&old["spec"]["clusterIPs"]).cloned().collect()).unwrap_or_default();
+    default(spec, "clusterIP", kept.first().cloned().unwrap_or_default());
+    if spec["clusterIP"] == "None" {
+        default(spec, "ipFamilies", json!([FAMILIES[0]]));
+        default(spec, "ipFamilyPolicy", json!("SingleStack"));
+        default(spec, "clusterIPs", json!(["None"]));
+        return Ok(());
     }
-    let address = spec["clusterIP"].clone();
-    default(spec, "ipFamilies", json!(["IPv4"]));
-    default(spec, "ipFamilyPolicy", json!("SingleStack"));
-    default(spec, "clusterIPs", json!([address]));
+    if !spec["clusterIP"].is_null() && spec["clusterIPs"].is_null() {
+        spec["clusterIPs"] = json!([spec["clusterIP"]]);
+    }
+    default(spec, "ipFamilyPolicy", old.map(|old| old["spec"]["ipFamilyPolicy"].clone()).unwrap_or_default());
+    let families = families(spec, old)?;
+    let taken: BTreeSet<&str> =
+        others.iter().flat_map(|other| elements(&other["spec"]["clusterIPs"])).filter_map(Value::as_str).collect();
+    let mut addresses = Vec::new();
+    for (index, family) in families.iter().enumerate() {
+        let (asked, kept) = (spec["clusterIPs"].get(index).and_then(Value::as_str), kept.get(index));
+        let address = match (asked, kept.and_then(Value::as_str)) {
+            (Some(asked), _) if taken.contains(asked) => {
+                return Err(Refusal::invalid(&format!(
+                    "spec.clusterIPs: Invalid value: [{asked:?}]: failed to allocate IP {asked}: provided IP is already \
+                     allocated"
+                )));
+            }
+            (Some(asked), Some(kept)) if asked != kept => {
+                return Err(Refusal::invalid(&format!("spec.clusterIPs[{index}]: Invalid value: field is immutable")));
+            }
+            (Some(address), _) | (None, Some(address)) => address.to_owned(),
+            (None, None) => {
+                let free = candidates(family).find(|address| !taken.contains(address.as_str()));
+                free.ok_or_else(|| Refusal::invalid("range is full"))?
+            }
+        };
+        addresses.push(address);
+    }
+    spec["clusterIP"] = json!(addresses[0]);
+    spec["clusterIPs"] = json!(addresses);
+    default(spec, "ipFamilyPolicy", json!(if families.len() > 1 { "RequireDualStack" } else { "SingleStack" }));
+    spec["ipFamilies"] = json!(families);
     Ok(())
 }
 
@@ -190,6 +263,39 @@ mod tests {
         );
         let headless = filled(json!({"clusterIP": "None"}), None, &[&made]).expect("a sound Service");
         assert_eq!(headless["spec"]["clusterIPs"], json!(["None"]));
+    }
+
+    #[test]
+    fn addresses_of_both_families_are_given_kept_and_refused() {
+        let spec = json!({"ipFamilyPolicy": "PreferDualStack", "ports": [{"port": 80}]});
+        let made = filled(spec.clone(), None, &[]).expect("a sound Service");
+        assert_eq!(made["spec"]["clusterIPs"], json!(["10.96.128.1", "fd00:10:96::8001"]));
+        assert_eq!(made["spec"]["ipFamilies"], json!(["IPv4", "IPv6"]));
+        let other = filled(spec.clone(), None, &[&made]).expect("a sound Service");
+        assert_eq!(other["spec"]["clusterIPs"], json!(["10.96.128.2", "fd00:10:96::8002"]));
+        let again = filled(json!({"ports": [{"port": 81}]}), Some(&made), &[]).expect("a sound Service");
+        assert_eq!(again["spec"]["clusterIPs"], made["spec"]["clusterIPs"]);
+        let single = filled(json!({"ipFamilyPolicy": "SingleStack"}), Some(&made), &[]).expect("a sound Service");
+        assert_eq!(single["spec"]["clusterIPs"], json!(["10.96.128.1"]));
+
+        let turned = json!({"ipFamilies": ["IPv6", "IPv4"], "ipFamilyPolicy": "RequireDualStack"});
+        let turned = filled(turned, None, &[]).expect("a sound Service");
+        assert_eq!(turned["spec"]["clusterIP"], "fd00:10:96::8001");
+        let asked = filled(json!({"clusterIPs": ["fd00:10:96::a", "10.96.0.10"]}), None, &[]).expect("a sound Service");
+        assert_eq!(asked["spec"]["ipFamilies"], json!(["IPv6", "IPv4"]));
+        assert_eq!(asked["spec"]["ipFamilyPolicy"], "RequireDualStack");
+        let alone = filled(json!({"ipFamilies": ["IPv6"]}), None, &[]).expect("a sound Service");
+        assert_eq!(
+            (&alone["spec"]["clusterIPs"], &alone["spec"]["ipFamilyPolicy"]),
+            (&json!(["fd00:10:96::8001"]), &json!("SingleStack"))
+        );
+        for spec in [
+            json!({"clusterIPs": ["10.96.0.11", "fd00:10:96::a"]}),
+            json!({"ipFamilies": ["IPv4"], "clusterIPs": ["fd00:10:96::b"]}),
+            json!({"ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "SingleStack"}),
+        ] {
+            assert!(filled(spec.clone(), None, &[&asked]).is_err(), "{spec}");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ mod nodeport;
 mod refusals;
 mod versions;
 
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 
 use sheave_common::frontend::flags;
 use sheave_common::{PROTOCOL_TCP, PROTOCOL_UDP};
@@ -36,7 +36,7 @@ fn handshake(programs: &mut Programs) {
     }
 }
 
-fn address(text: &str) -> SocketAddrV4 {
+fn address(text: &str) -> SocketAddr {
     text.parse().expect("address:port")
 }
 

@@ -96,7 +96,7 @@ fn a_remote_backend_is_reached_through_this_node_and_back() {
             assert_eq!(there.action, REDIRECT);
             let view = View(&there.packet);
             assert_eq!(view.destination(), address(REMOTE));
-            assert_eq!(IpAddr::from(*view.source().ip()), IpAddr::from([192, 0, 2, 1]), "the egress interface's");
+            assert_eq!(view.source().ip(), IpAddr::from([192, 0, 2, 1]), "the egress interface's");
             assert!((10_000..=29_999).contains(&view.source().port()));
             assert_eq!(view.ttl(), 63);
             view.assert_checksums();

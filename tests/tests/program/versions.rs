@@ -1,6 +1,6 @@
 //! Replacing sets at full speed under a reader: no packet may see half a set, a torn value, or another service's.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -116,7 +116,8 @@ fn sets_replaced_at_full_speed_are_never_seen_torn_or_foreign() {
             }
             assert_eq!(out.action, NEXT);
             let backend = View(&out.packet).destination();
-            let [ten, of, tag, n] = backend.ip().octets();
+            let IpAddr::V4(address) = backend.ip() else { panic!("a backend of another family: {backend}") };
+            let [ten, of, tag, n] = address.octets();
             assert_eq!((ten, u32::from(of)), (10, service), "another service's backend: {backend}");
             assert_eq!(backend.port(), port(service, tag), "a torn backend: {backend}");
             assert!((1..=SET as u8).contains(&n), "{backend}");
