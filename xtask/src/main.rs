@@ -3,6 +3,7 @@
 //! Each task first sets up what it needs and says in plain words what it installs; on a machine where nothing is
 //! missing that takes no time.
 
+mod apt;
 mod demo;
 mod process;
 mod setup;

@@ -76,3 +76,8 @@ pub(crate) fn target_directory() -> Result<PathBuf> {
     let directory = metadata["target_directory"].as_str().context("cargo's metadata has no target_directory")?;
     Ok(PathBuf::from(directory))
 }
+
+/// A line about what setup does.
+pub(crate) fn say(line: &str) {
+    eprintln!("setup: {line}");
+}

@@ -4,11 +4,12 @@
 //! rustup's nightly with rust-src. Setup prefers the first where apt offers it, because its `core` is ready made.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::process::{self, find, output};
+use crate::apt;
+use crate::process::{self, find, output, say};
 
 /// What the machine is made ready for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -37,6 +38,7 @@ const TOOLS: &[Tool] = &[
     },
     Tool { program: "dig", packages: ["bind9-dnsutils", "bind-utils", "bind"], purpose: "asks DNS" },
     Tool { program: "dnsmasq", packages: ["dnsmasq-base", "dnsmasq", "dnsmasq"], purpose: "answers DNS" },
+    Tool { program: "nginx", packages: ["nginx", "nginx", "nginx"], purpose: "answers HTTP as an ingress does" },
     Tool { program: "curl", packages: ["curl", "curl", "curl"], purpose: "asks HTTP" },
     Tool {
         program: "kubectl",
@@ -83,7 +85,7 @@ pub(crate) fn run(need: Need) -> Result<()> {
         }
         let apt = find("apt-get").is_some();
         if apt {
-            apt_update()?;
+            apt::update()?;
         }
         let compiler = match compiler {
             Some(compiler) => compiler,
@@ -130,9 +132,9 @@ fn linker_runs() -> bool {
 }
 
 fn install_compiler(apt: bool) -> Result<Compiler> {
-    if apt && std::env::var("SHEAVE_BPF_TOOLCHAIN").as_deref() != Ok("nightly") && offered(DEBIAN_COMPILER) {
+    if apt && std::env::var("SHEAVE_BPF_TOOLCHAIN").as_deref() != Ok("nightly") && apt::offered(DEBIAN_COMPILER) {
         say("installing Debian's compiler and its ready-made BPF core library");
-        apt_install(DEBIAN_COMPILER)?;
+        apt::install(DEBIAN_COMPILER)?;
         if compiler() == Some(Compiler::Debian) {
             return Ok(Compiler::Debian);
         }
@@ -164,11 +166,11 @@ fn install_compiler(apt: bool) -> Result<Compiler> {
 fn install_linker(compiler: Compiler, apt: bool) -> Result<()> {
     match compiler {
         Compiler::Debian => {
-            if !apt || !offered(&["llvm-22-dev"]) {
+            if !apt || !apt::offered(&["llvm-22-dev"]) {
                 bail!("bpf-linker needs llvm-22-dev to match Debian's compiler, and apt does not offer it");
             }
             say("installing LLVM's libraries, then building bpf-linker with them (about a minute)");
-            apt_install(DEBIAN_LINKER)?;
+            apt::install(DEBIAN_LINKER)?;
             let libraries = output("llvm-config-22", &["--libdir"])
                 .or_else(|| output("/usr/lib/llvm-22/bin/llvm-config", &["--libdir"]))
                 .context("llvm-config-22 did not say where LLVM's libraries are; is llvm-22-dev whole?")?;
@@ -201,16 +203,16 @@ fn install_tools(tools: &[&Tool], apt: bool) -> Result<()> {
     if apt {
         let mut packages = packages(0);
         // Ubuntu has bpftool in the packages of its kernel's tools.
-        if packages.contains(&"bpftool") && !offered(&["bpftool"]) {
+        if packages.contains(&"bpftool") && !apt::offered(&["bpftool"]) {
             packages.retain(|package| *package != "bpftool");
             packages.extend(["linux-tools-common", "linux-tools-generic"]);
         }
         // Ubuntu has kubectl as a snap only.
-        if packages.contains(&"kubernetes-client") && !offered(&["kubernetes-client"]) {
+        if packages.contains(&"kubernetes-client") && !apt::offered(&["kubernetes-client"]) {
             packages.retain(|package| *package != "kubernetes-client");
             say("apt does not offer kubectl; one test needs it: https://kubernetes.io/docs/tasks/tools/");
         }
-        return if packages.is_empty() { Ok(()) } else { apt_install(&packages) };
+        return if packages.is_empty() { Ok(()) } else { apt::install(&packages) };
     }
     let command = if find("dnf").is_some() {
         format!("dnf install {}", packages(1).join(" "))
@@ -220,34 +222,6 @@ fn install_tools(tools: &[&Tool], apt: bool) -> Result<()> {
         format!("install the packages that hold {}", packages(0).join(", "))
     };
     bail!("the tests and the demo need tools that are missing; as root: {command}")
-}
-
-fn apt_update() -> Result<()> {
-    say_root("apt-get update");
-    apt(&["update", "-q"])
-}
-
-fn apt_install(packages: &[&str]) -> Result<()> {
-    say_root(&format!("apt-get install {}", packages.join(" ")));
-    apt(&[&["install", "-q", "-y", "--no-install-recommends"], packages].concat())
-}
-
-fn apt(arguments: &[&str]) -> Result<()> {
-    // `env` because sudo keeps only the environment that its policy lets through.
-    process::run(
-        process::root("env")
-            .args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-o", "Acquire::Retries=3"])
-            .args(arguments)
-            .stdin(Stdio::null()),
-    )
-}
-
-/// Whether apt can install every one of these.
-fn offered(packages: &[&str]) -> bool {
-    packages.iter().all(|package| {
-        output("apt-cache", &["policy", package])
-            .is_some_and(|policy| policy.contains("Candidate:") && !policy.contains("Candidate: (none)"))
-    })
 }
 
 fn mount_bpffs() -> Result<()> {
@@ -271,16 +245,4 @@ fn check_cgroup2() -> Result<()> {
 
 fn mounts() -> Result<String> {
     std::fs::read_to_string("/proc/mounts").context("cannot read /proc/mounts")
-}
-
-fn say_root(command: &str) {
-    if process::is_root() {
-        say(command);
-    } else {
-        say(&format!("sudo {command}"));
-    }
-}
-
-fn say(line: &str) {
-    eprintln!("setup: {line}");
 }
