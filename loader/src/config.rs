@@ -1,8 +1,9 @@
 //! Everything that a running Sheave can be told, as plain values: `cli` fills it from flags and environment variables,
 //! tests build it directly.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use sheave_common::config::Timeouts;
 
@@ -39,9 +40,19 @@ pub struct RunConfig {
     pub rejects_per_second: u32,
     /// Pass mid-flow TCP that no flow knows, while connections of another proxy drain.
     pub drain_foreign: bool,
+    /// Where `/healthz` and `/livez` are served.
+    pub healthz: BindAddresses,
+    /// Where `/metrics` is served.
+    pub metrics: BindAddresses,
+    /// How long a change may wait until this proxy calls itself unhealthy.
+    pub health_timeout: Duration,
     /// Sizes of the maps.
     pub sizes: MapSizes,
 }
+
+/// Addresses and ports that something is served on; none turns it off.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BindAddresses(pub Vec<SocketAddr>);
 
 /// Where objects come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,6 +141,13 @@ pub struct MapSizes {
     pub source_ranges: u32,
 }
 
+/// kube-proxy's ports.
+pub const HEALTHZ_PORT: u16 = 10_256;
+/// See [`HEALTHZ_PORT`].
+pub const METRICS_PORT: u16 = 10_249;
+/// What failed is tried again at least every 30 seconds: this leaves it several attempts.
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(120);
+
 impl Default for MapSizes {
     fn default() -> Self {
         Self {
@@ -166,6 +184,12 @@ impl RunConfig {
             snat_ports: (10_000, 29_999),
             rejects_per_second: 1_000,
             drain_foreign: false,
+            healthz: BindAddresses(vec![
+                (Ipv4Addr::UNSPECIFIED, HEALTHZ_PORT).into(),
+                (Ipv6Addr::UNSPECIFIED, HEALTHZ_PORT).into(),
+            ]),
+            metrics: BindAddresses(vec![(Ipv4Addr::LOCALHOST, METRICS_PORT).into()]),
+            health_timeout: HEALTH_TIMEOUT,
             sizes: MapSizes::default(),
         }
     }

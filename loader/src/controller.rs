@@ -21,6 +21,7 @@ use crate::interfaces::{self, Event, Interface, InterfaceError};
 use crate::model::desired::{ServiceKey, ServicePort, ServicePortName};
 use crate::model::{Change, Model, ModelOptions};
 use crate::plan::Grace;
+use crate::serve::{self, Arrival, Status};
 use crate::source::{self, SourceError, SourceEvent};
 
 /// The least time between two passes: what arrives meanwhile becomes one.
@@ -57,15 +58,21 @@ pub enum ControllerError {
 ///
 /// Only what waiting does not mend; failures to apply a change are logged and retried.
 pub async fn run(config: RunConfig, shutdown: impl Future<Output = ()>) -> Result<(), ControllerError> {
+    let (status, servers) = serve::new(&config);
+    let mut tasks = JoinSet::new();
+    // First of all: a starting proxy is live.
+    tasks.spawn(async {
+        servers.run().await;
+        Ok(())
+    });
     let dataplane = Dataplane::open(&config)?;
     let (source_sender, mut source_events) = mpsc::channel(QUEUE);
     let (interface_sender, mut interface_events) = mpsc::channel(QUEUE);
     let (node_addresses, watched_addresses) = watch::channel(Vec::new());
-    let mut tasks = JoinSet::new();
     let (rules, source, node) = (config.interfaces.clone(), config.source.clone(), config.node_name.clone());
     tasks.spawn(async { source::run(source, node, source_sender).await.map_err(ControllerError::from) });
     tasks.spawn(async { interfaces::run(rules, watched_addresses, interface_sender).await.map_err(From::from) });
-    let mut controller = Controller::new(&config, dataplane, node_addresses);
+    let mut controller = Controller::new(&config, dataplane, node_addresses, status);
     let mut shutdown = std::pin::pin!(shutdown);
     loop {
         let due = controller.due();
@@ -85,6 +92,7 @@ pub async fn run(config: RunConfig, shutdown: impl Future<Output = ()>) -> Resul
                 };
             }
         }
+        controller.status.wake();
         // What waits already becomes one pass with it.
         for _ in 0..QUEUE {
             let Ok(event) = source_events.try_recv() else { break };
@@ -124,6 +132,7 @@ async fn grace_over(passing: &mut Option<Passing>) -> Result<Grace, JoinError> {
 struct Controller {
     dataplane: Dataplane,
     model: Model,
+    status: Status,
     node_name: String,
     node_addresses: watch::Sender<Vec<IpAddr>>,
     source_synced: bool,
@@ -145,7 +154,12 @@ struct Controller {
 }
 
 impl Controller {
-    fn new(config: &RunConfig, dataplane: Dataplane, node_addresses: watch::Sender<Vec<IpAddr>>) -> Self {
+    fn new(
+        config: &RunConfig,
+        dataplane: Dataplane,
+        node_addresses: watch::Sender<Vec<IpAddr>>,
+        status: Status,
+    ) -> Self {
         let options = ModelOptions {
             node_name: config.node_name.clone(),
             external_ips: config.external_ips,
@@ -154,6 +168,7 @@ impl Controller {
         Self {
             dataplane,
             model: Model::new(options),
+            status,
             node_name: config.node_name.clone(),
             node_addresses,
             source_synced: false,
@@ -180,7 +195,10 @@ impl Controller {
                     {
                         self.node(node.internal_ips.clone());
                     }
-                    self.dirty.extend(self.model.apply(change));
+                    let arrival = Arrival::from(&change);
+                    let dirty = self.model.apply(change);
+                    self.status.changed(&arrival, dirty.len());
+                    self.dirty.extend(dirty);
                 }
             }
             SourceEvent::Synced => {
@@ -283,44 +301,52 @@ impl Controller {
             self.grace = Some((tokio::task::spawn_blocking(dataplane::grace_period), grace));
         }
         self.schedule_retry(retry);
+        self.status.node(&self.model);
+        if !(self.may_apply() && self.has_changes() || self.dataplane.is_unfinished()) {
+            self.status.rest();
+        }
     }
 
     fn apply(&mut self, started: Instant) {
-        let dirty = std::mem::take(&mut self.dirty);
-        let services = dirty.len();
+        let mut dirty = std::mem::take(&mut self.dirty);
         let first = !self.settled;
-        let applied = if self.settled {
-            let mut changed = BTreeMap::new();
-            for key in dirty {
-                self.changes_of(key, &mut changed);
-            }
-            self.dataplane.apply(changed)
-        } else {
+        let mut changed = BTreeMap::new();
+        if first {
             self.settled = true;
-            let mut desired = BTreeMap::new();
-            for key in self.model.services() {
-                let ports = self.model.desired(key);
-                self.ports.insert(key.clone(), ports.keys().cloned().collect());
-                desired.extend(ports);
-            }
-            self.dataplane.apply_all(desired)
+            dirty.extend(self.model.services().cloned());
+        }
+        for key in &dirty {
+            self.changes_of(key, &mut changed);
+        }
+        for (name, port) in &changed {
+            self.status.port(name, port.as_ref());
+        }
+        let applied = if first {
+            let desired = changed.into_iter().filter_map(|(name, port)| Some((name, port?)));
+            self.dataplane.apply_all(desired.collect())
+        } else {
+            self.dataplane.apply(changed)
         };
-        debug!(services, writes = applied.written, elapsed = ?started.elapsed(), "applied");
+        debug!(services = dirty.len(), writes = applied.written, elapsed = ?started.elapsed(), "applied");
         let written = applied.written;
         self.report(applied);
+        self.status.passed(&self.model, dirty.iter(), started.elapsed(), written);
+        if !self.dataplane.is_unfinished() {
+            self.status.applied();
+        }
         if first {
             info!(services = self.ports.len(), interfaces = self.interfaces.len(), writes = written, "ready");
         }
     }
 
     /// What the dataplane has to be told of a Service that may have changed.
-    fn changes_of(&mut self, key: ServiceKey, changed: &mut BTreeMap<ServicePortName, Option<ServicePort>>) {
-        let desired = self.model.desired(&key);
+    fn changes_of(&mut self, key: &ServiceKey, changed: &mut BTreeMap<ServicePortName, Option<ServicePort>>) {
+        let desired = self.model.desired(key);
         let names: BTreeSet<ServicePortName> = desired.keys().cloned().collect();
         let known = if names.is_empty() {
-            self.ports.remove(&key).unwrap_or_default()
+            self.ports.remove(key).unwrap_or_default()
         } else {
-            self.ports.insert(key, names).unwrap_or_default()
+            self.ports.insert(key.clone(), names).unwrap_or_default()
         };
         changed.extend(known.into_iter().map(|name| (name, None)));
         changed.extend(desired.into_iter().map(|(name, port)| (name, Some(port))));

@@ -175,4 +175,4 @@ impl Drop for Agent {
 }
 
 /// What `sheave run` logs once every source has synced and the maps hold what they say.
-const READY: &str = "ready";
+const READY: &str = "ready services";

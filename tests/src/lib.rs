@@ -13,6 +13,7 @@ pub mod family;
 pub mod follower;
 pub mod forward;
 pub mod held;
+pub mod http;
 pub mod kube_api;
 pub mod kubectl;
 pub mod leftovers;

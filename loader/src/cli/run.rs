@@ -2,12 +2,15 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{ArgAction, Args};
 use sheave_common::config::Timeouts;
 
 use super::{CliError, PinArgs, values};
-use crate::config::{ConnectMode, InterfaceRules, MapSizes, NodePortAddresses, RunConfig, SourceConfig, XdpMode};
+use crate::config::{
+    BindAddresses, ConnectMode, InterfaceRules, MapSizes, NodePortAddresses, RunConfig, SourceConfig, XdpMode,
+};
 
 /// Flags of `sheave run`.
 #[derive(Clone, Debug, Args)]
@@ -80,6 +83,8 @@ pub struct RunArgs {
     #[command(flatten)]
     interfaces: InterfaceArgs,
     #[command(flatten)]
+    serve: ServeArgs,
+    #[command(flatten)]
     timeouts: TimeoutArgs,
     #[command(flatten)]
     sizes: SizeArgs,
@@ -114,6 +119,32 @@ struct InterfaceArgs {
     /// Interfaces to leave alone; goes before the others.
     #[arg(long, env = "SHEAVE_IGNORE_INTERFACES", value_name = "PATTERN", value_delimiter = ',', value_parser = values::pattern)]
     ignore_interfaces: Vec<String>,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Health and metrics (addresses with ports, separated by commas; empty for none)")]
+struct ServeArgs {
+    /// Where /healthz (should clients be sent to this node?) and /livez (does this process work?) are served.
+    #[arg(
+        long,
+        env = "SHEAVE_HEALTHZ_BIND_ADDRESS",
+        value_name = "ADDRESS:PORT,…",
+        default_value = "0.0.0.0:10256,[::]:10256",
+        value_parser = values::bind_addresses
+    )]
+    healthz_bind_address: BindAddresses,
+    /// Where /metrics is served, in Prometheus' text format.
+    #[arg(
+        long,
+        env = "SHEAVE_METRICS_BIND_ADDRESS",
+        value_name = "ADDRESS:PORT,…",
+        default_value = "127.0.0.1:10249",
+        value_parser = values::bind_addresses
+    )]
+    metrics_bind_address: BindAddresses,
+    /// How long a change may wait to be applied until /healthz and /livez answer 503 (seconds, or with s, m, h, d).
+    #[arg(long, env = "SHEAVE_HEALTH_TIMEOUT", value_name = "TIME", default_value = "2m", value_parser = values::seconds)]
+    health_timeout: u32,
 }
 
 macro_rules! timeouts {
@@ -214,6 +245,9 @@ impl RunArgs {
             snat_ports: self.snat_ports,
             rejects_per_second: self.rejects_per_second,
             drain_foreign: self.drain_foreign,
+            healthz: self.serve.healthz_bind_address.clone(),
+            metrics: self.serve.metrics_bind_address.clone(),
+            health_timeout: Duration::from_secs(self.serve.health_timeout.into()),
             sizes: self.sizes.sizes(),
         })
     }

@@ -65,6 +65,9 @@ fn flags_reach_the_configuration() {
         "--rejects-per-second=7",
         "--drain-foreign",
         "--max-conntrack=1024",
+        "--healthz-bind-address=192.0.2.1:80,[2001:db8::1]:80",
+        "--metrics-bind-address=",
+        "--health-timeout=90",
     ])
     .unwrap();
     assert_eq!(config.source, SourceConfig::Manifests(PathBuf::from("/etc/sheave")));
@@ -83,6 +86,9 @@ fn flags_reach_the_configuration() {
     assert_eq!((config.timeouts.syn, config.timeouts.established, config.timeouts.closing), (5, 7_200, 120));
     assert_eq!((config.snat_ports, config.rejects_per_second), ((50_000, 50_999), 7));
     assert_eq!(config.sizes.conntrack, 1_024);
+    assert_eq!(config.healthz.0, ["192.0.2.1:80".parse().unwrap(), "[2001:db8::1]:80".parse().unwrap()]);
+    assert!(config.metrics.0.is_empty());
+    assert_eq!(config.health_timeout.as_secs(), 90);
 }
 
 #[test]
@@ -103,6 +109,8 @@ fn bad_values_name_the_flag_and_the_remedy() {
         ("--nodeport-addresses=10.0.0.0/33", "10.0.0.0/33"),
         ("--nodeport-addresses=10.0.0.1", "no network"),
         ("--max-conntrack=0", "not in 2.."),
+        ("--healthz-bind-address=10256", "0.0.0.0:10256"),
+        ("--health-timeout=never", "at least one second"),
         ("--pod-interfaces=a b", "cali*"),
         ("--hairpin-ipv4=no", "invalid IPv4"),
     ] {

@@ -1,8 +1,8 @@
 //! Parsers of flag values. Each error says what to write instead; clap puts the flag's name in front.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
-use crate::config::{ConnectMode, NodePortAddresses, XdpMode};
+use crate::config::{BindAddresses, ConnectMode, NodePortAddresses, XdpMode};
 
 pub(super) fn connect(text: &str) -> Result<ConnectMode, String> {
     match text {
@@ -39,6 +39,19 @@ fn network(text: &str) -> Result<(IpAddr, u8), String> {
     let length: u8 = length.parse().map_err(|_| remedy())?;
     let longest = if address.is_ipv4() { 32 } else { 128 };
     if length > longest { Err(remedy()) } else { Ok((address, length)) }
+}
+
+/// Addresses with ports, or nothing.
+pub(super) fn bind_addresses(text: &str) -> Result<BindAddresses, String> {
+    let address = |text: &str| {
+        let remedy =
+            || format!("`{text}` is no address with a port: write some like 0.0.0.0:10256,[::]:10256, or \"\"");
+        text.trim().parse::<SocketAddr>().map_err(|_| remedy())
+    };
+    if text.trim().is_empty() {
+        return Ok(BindAddresses::default());
+    }
+    text.split(',').map(address).collect::<Result<_, _>>().map(BindAddresses)
 }
 
 pub(super) fn ports(text: &str) -> Result<(u16, u16), String> {

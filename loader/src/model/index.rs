@@ -9,6 +9,7 @@ use super::claims::{Claim, Claimant, Claims};
 use super::desired::{EndpointSets, ServiceKey, ServicePort, ServicePortName};
 use super::endpoints;
 use super::frontends::{self, Frontends};
+use super::health_check::{self, HealthCheck};
 use super::objects::{EndpointSlice, Family, Node, Problem, Service, SliceKey};
 use super::topology::Topology;
 use crate::config::NodePortAddresses;
@@ -157,6 +158,25 @@ impl Model {
             ports.insert(name, ServicePort { frontends, affinity_seconds, endpoints4, endpoints6 });
         }
         ports
+    }
+
+    /// What load balancers that check a Service's health here are to be told; `None` if they don't.
+    #[must_use]
+    pub fn health_check(&self, key: &ServiceKey) -> Option<HealthCheck> {
+        let service = &self.services.get(key)?.service;
+        health_check::of_service(service, || self.slices_of(key), &self.topology)
+    }
+
+    /// The addresses that serve nodePorts to packets.
+    #[must_use]
+    pub const fn nodeport_addresses(&self) -> &BTreeSet<IpAddr> {
+        &self.node_addresses
+    }
+
+    /// This Node, if it is known.
+    #[must_use]
+    pub const fn node(&self) -> Option<&Node> {
+        self.node.as_ref()
     }
 
     /// Fields of objects that had to be skipped because they could not be read, since the start.

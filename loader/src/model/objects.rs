@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::time::SystemTime;
 
 use super::desired::{Protocol, ServiceKey};
 
@@ -81,6 +82,10 @@ pub struct Service {
     pub external_local: bool,
     /// Session affinity time-out in seconds, 0 for none.
     pub affinity_seconds: u32,
+    /// spec.healthCheckNodePort, machine order.
+    pub health_check_node_port: Option<u16>,
+    /// metadata.uid, of those that have a healthCheckNodePort: an Event about it names it.
+    pub uid: Option<String>,
     /// What could not be read.
     pub problems: Vec<Problem>,
 }
@@ -142,6 +147,9 @@ pub struct EndpointSlice {
     pub ports: Vec<SlicePort>,
     /// Endpoints of which the first address is one of the slice's family.
     pub endpoints: Vec<SliceEndpoint>,
+    /// The annotation `endpoints.kubernetes.io/last-change-trigger-time`: when the pod or Service changed for which the
+    /// slice was last written.
+    pub triggered: Option<SystemTime>,
     /// What could not be read.
     pub problems: Vec<Problem>,
 }
@@ -185,6 +193,8 @@ pub struct Node {
     pub zone: Option<String>,
     /// status.addresses of type InternalIP, in their order.
     pub internal_ips: Vec<IpAddr>,
+    /// Is being deleted, or carries the taint `ToBeDeletedByClusterAutoscaler`: load balancers should turn elsewhere.
+    pub leaving: bool,
     /// What could not be read.
     pub problems: Vec<Problem>,
 }

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::net::{IpAddr, Ipv4Addr};
+use std::time::SystemTime;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
@@ -22,6 +23,11 @@ pub const LABEL_HEADLESS: &str = "service.kubernetes.io/headless";
 pub const LABEL_SERVICE_NAME: &str = "kubernetes.io/service-name";
 /// Label that names a Node's zone.
 pub const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
+
+/// Annotation of EndpointSlices: when that happened for which the slice was last written.
+pub const ANNOTATION_TRIGGERED: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+/// Taint of a Node that the cluster autoscaler is about to remove.
+pub const TAINT_TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
 
 /// sessionAffinityConfig.clientIP.timeoutSeconds, where it is absent.
 const AFFINITY_DEFAULT_SECONDS: u32 = 10_800;
@@ -144,6 +150,9 @@ impl From<&core::Service> for Service {
         {
             reader.problem("spec.loadBalancerSourceRanges", "not enforced: clients outside of them are served as well");
         }
+        // 0 is how a Service without one is often written.
+        let health_check = spec.health_check_node_port.filter(|port| *port != 0);
+        let health_check_node_port = health_check.and_then(|port| reader.port("spec.healthCheckNodePort", port));
         Self {
             key: service_key(object),
             created: object.metadata.creation_timestamp.as_ref().map(|time| time.0.as_second()),
@@ -156,6 +165,8 @@ impl From<&core::Service> for Service {
             internal_local: reader.is_local("spec.internalTrafficPolicy", spec.internal_traffic_policy.as_deref()),
             external_local: reader.is_local("spec.externalTrafficPolicy", spec.external_traffic_policy.as_deref()),
             affinity_seconds: affinity_seconds(&mut reader, spec),
+            health_check_node_port,
+            uid: health_check_node_port.and(object.metadata.uid.clone()),
             problems: reader.0,
         }
     }
@@ -260,9 +271,19 @@ impl From<&discovery::EndpointSlice> for EndpointSlice {
             family,
             ports,
             endpoints,
+            triggered: triggered(&mut reader, &object.metadata),
             problems: reader.0,
         }
     }
+}
+
+fn triggered(reader: &mut Reader, metadata: &ObjectMeta) -> Option<SystemTime> {
+    let text = metadata.annotations.as_ref()?.get(ANNOTATION_TRIGGERED)?;
+    let time = text.parse::<jiff::Timestamp>();
+    if time.is_err() {
+        reader.problem(format!("metadata.annotations[{ANNOTATION_TRIGGERED}]"), format!("{text:?} is not a time"));
+    }
+    time.ok().map(SystemTime::from)
 }
 
 /// A port without a name is not the port whose name is empty: it belongs to no port of the Service.
@@ -319,10 +340,14 @@ impl From<&core::Node> for Node {
         for (i, address) in addresses.iter().enumerate().filter(|(_, address)| address.type_ == "InternalIP") {
             internal_ips.extend(reader.address(format_args!("status.addresses[{i}].address"), &address.address));
         }
+        let taints = object.spec.as_ref().and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
+        let leaving =
+            object.metadata.deletion_timestamp.is_some() || taints.iter().any(|taint| taint.key == TAINT_TO_BE_DELETED);
         Self {
             name: object.metadata.name.clone().unwrap_or_default(),
             zone: label(&object.metadata, LABEL_ZONE).map(str::to_owned),
             internal_ips,
+            leaving,
             problems: reader.0,
         }
     }

@@ -1,6 +1,6 @@
-//! An in-process Kubernetes API: Services, EndpointSlices, Nodes and Namespaces over HTTP, as much of it as a controller
-//! meets (pages, selectors, watches with bookmarks, an end to history, servers that fail) and as `kubectl` needs to
-//! create, get, patch, replace and delete them.
+//! An in-process Kubernetes API: Services, EndpointSlices, Nodes, Namespaces and Events over HTTP, as much of it as a
+//! controller meets (pages, selectors, watches with bookmarks, an end to history, servers that fail) and as `kubectl`
+//! needs to create, get, patch, replace and delete them.
 //!
 //! It runs on a thread of its own, so everything here can be called from tests that are async and from those that are
 //! not. [`store`] keeps objects and their history, [`selector`] reads selectors, [`serve`] speaks HTTP; [`route`] says

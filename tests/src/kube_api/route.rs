@@ -19,6 +19,7 @@ impl Route {
         let (group, rest) = match parts.as_slice() {
             ["api", "v1", rest @ ..] => ("v1", rest),
             ["apis", "discovery.k8s.io", "v1", rest @ ..] => ("discovery.k8s.io/v1", rest),
+            ["apis", "events.k8s.io", "v1", rest @ ..] => ("events.k8s.io/v1", rest),
             _ => return None,
         };
         let (namespace, rest) = match rest {

@@ -17,10 +17,13 @@ pub enum Resource {
     Nodes,
     /// v1 Namespace
     Namespaces,
+    /// events.k8s.io/v1 Event
+    Events,
 }
 
 impl Resource {
-    pub(super) const ALL: [Self; 4] = [Self::Services, Self::EndpointSlices, Self::Nodes, Self::Namespaces];
+    pub(super) const ALL: [Self; 5] =
+        [Self::Services, Self::EndpointSlices, Self::Nodes, Self::Namespaces, Self::Events];
 
     pub(super) const fn kind(self) -> &'static str {
         match self {
@@ -28,6 +31,7 @@ impl Resource {
             Self::EndpointSlices => "EndpointSlice",
             Self::Nodes => "Node",
             Self::Namespaces => "Namespace",
+            Self::Events => "Event",
         }
     }
 
@@ -37,6 +41,7 @@ impl Resource {
             Self::EndpointSlices => "endpointslices",
             Self::Nodes => "nodes",
             Self::Namespaces => "namespaces",
+            Self::Events => "events",
         }
     }
 
@@ -46,6 +51,7 @@ impl Resource {
             Self::EndpointSlices => &[],
             Self::Nodes => &["no"],
             Self::Namespaces => &["ns"],
+            Self::Events => &["ev"],
         }
     }
 
@@ -53,11 +59,12 @@ impl Resource {
         match self {
             Self::Services | Self::Nodes | Self::Namespaces => "v1",
             Self::EndpointSlices => "discovery.k8s.io/v1",
+            Self::Events => "events.k8s.io/v1",
         }
     }
 
     pub(super) const fn is_namespaced(self) -> bool {
-        matches!(self, Self::Services | Self::EndpointSlices)
+        matches!(self, Self::Services | Self::EndpointSlices | Self::Events)
     }
 
     fn of_kind(kind: &str) -> Option<Self> {

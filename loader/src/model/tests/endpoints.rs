@@ -208,6 +208,7 @@ fn another_nodes_object_changes_nothing_here() {
         name: "there".to_owned(),
         zone: Some("a".to_owned()),
         internal_ips: Vec::new(),
+        leaving: false,
         problems: Vec::new(),
     };
     assert_eq!(cluster.model.apply(Change::Node(other.clone())), keys(&[]));

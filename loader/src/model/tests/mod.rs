@@ -3,6 +3,7 @@
 mod contests;
 mod endpoints;
 mod frontends;
+mod health_checks;
 mod random;
 
 use std::collections::{BTreeMap, BTreeSet};

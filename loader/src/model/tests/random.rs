@@ -68,6 +68,8 @@ impl Random {
             internal_local: self.one_in(2),
             external_local: self.one_in(2),
             affinity_seconds: 0,
+            health_check_node_port: self.one_in(2).then_some(32_000),
+            uid: None,
             problems: Vec::new(),
         }
     }
@@ -92,6 +94,7 @@ impl Random {
             family: Some(Family::V4),
             ports: vec![SlicePort { name: "p0".to_owned(), protocol: Protocol::Tcp, port: 8080 }],
             endpoints,
+            triggered: None,
             problems: Vec::new(),
         }
     }
@@ -101,6 +104,7 @@ impl Random {
             name: self.pick(&["here".to_owned(), "here".to_owned(), "there".to_owned()]),
             zone: self.pick(&[None, Some("a".to_owned()), Some("b".to_owned())]),
             internal_ips: (0..self.small(3)).map(|_| self.address(0)).collect(),
+            leaving: self.one_in(4),
             problems: Vec::new(),
         }
     }

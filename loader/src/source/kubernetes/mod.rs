@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::Client;
 use kube::runtime::watcher;
 use tokio::sync::mpsc::Sender;
 
@@ -26,6 +27,15 @@ const SERVICES: &str = "!service.kubernetes.io/service-proxy-name";
 const ENDPOINT_SLICES: &str = "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name";
 /// Objects in one page of a list.
 const PAGE: u32 = 500;
+
+/// A client of the same API servers, for what is told to them. It has connections of its own.
+///
+/// # Errors
+///
+/// A configuration that can't be used.
+pub async fn client(kubeconfig: Option<PathBuf>, api_servers: &[String]) -> Result<Client, SourceError> {
+    Ok(Arc::new(Servers::find(kubeconfig, api_servers).await?).client())
+}
 
 /// Follows an API server until the receiver is gone. `kubeconfig` and `api_servers` as in
 /// [`SourceConfig::Kubernetes`](crate::config::SourceConfig::Kubernetes).

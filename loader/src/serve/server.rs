@@ -1,0 +1,145 @@
+//! The HTTP servers that all of Sheave's answers go through: small answers to short requests, and nobody who holds many
+//! connections, or sends slowly, can use this process up.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use http::{Response, StatusCode};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::{Domain, Socket, Type};
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+pub(super) type Request = http::Request<Incoming>;
+pub(super) type Answer = Response<Full<Bytes>>;
+
+/// How long a server waits before it tries again to get its address and port.
+pub(super) const RETRY: Duration = Duration::from_secs(2);
+/// How long a client may take to send a request, and may keep a connection without one.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// Connections of one server at a time; more wait to be accepted.
+const CONNECTIONS: usize = 256;
+const BACKLOG: i32 = 128;
+/// The pause after a connection could not be accepted, which is mostly for want of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A listener on one address. It need not be an address of this machine (yet): it will answer once it is.
+pub(super) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    // Connections of a predecessor that linger do not count.
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+        socket.set_freebind_v6(true)?;
+    } else {
+        socket.set_freebind_v4(true)?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// Serves on an address for as long as it is polled; an address that can't be had is tried again and again.
+pub(super) async fn serve_at<F, A>(name: &'static str, address: SocketAddr, answer: F)
+where
+    F: Fn(Request) -> A + Clone + Send + 'static,
+    A: Future<Output = Answer> + Send,
+{
+    let mut said = None;
+    loop {
+        match listen(address) {
+            Ok(listener) => {
+                info!(server = name, %address, "serving");
+                serve(listener, answer).await;
+                return;
+            }
+            // A kernel without IPv6 won't get it.
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+                info!(server = name, %address, "not served: this kernel doesn't have this family of addresses");
+                return;
+            }
+            Err(error) => {
+                let text = error.to_string();
+                if said.as_ref() != Some(&text) {
+                    warn!(server = name, %address, error = text, "cannot serve; will try again, all else goes on");
+                    said = Some(text);
+                }
+            }
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Serves connections for as long as it is polled. Its end is theirs.
+pub(super) async fn serve<F, A>(listener: TcpListener, answer: F)
+where
+    F: Fn(Request) -> A + Clone + Send + 'static,
+    A: Future<Output = Answer> + Send,
+{
+    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        let permit = Arc::clone(&room).acquire_owned().await;
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_) = connections.join_next() => continue,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(_) => {
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let answer = answer.clone();
+        connections.spawn(async move {
+            let _permit = permit;
+            let service = service_fn(move |request| {
+                let answer = answer(request);
+                async move { Ok::<_, Infallible>(answer.await) }
+            });
+            let mut http = http1::Builder::new();
+            http.timer(TokioTimer::new()).header_read_timeout(REQUEST_TIMEOUT);
+            // How a client ends its connection is its own affair.
+            let _ = http.serve_connection(TokioIo::new(stream), service).await;
+        });
+    }
+}
+
+/// A document in JSON, as health checks get it.
+pub(super) fn json(status: StatusCode, document: &impl serde::Serialize) -> Answer {
+    let body = serde_json::to_vec(document).unwrap_or_default();
+    let mut answer = with_type(status, HeaderValue::from_static("application/json"), body);
+    answer.headers_mut().insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    answer
+}
+
+/// Any body of a type.
+pub(super) fn with_type(status: StatusCode, content_type: HeaderValue, body: impl Into<Bytes>) -> Answer {
+    let mut answer = Answer::new(Full::new(body.into()));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(CONTENT_TYPE, content_type);
+    answer
+}
+
+/// There is nothing of this name.
+pub(super) fn not_found(paths: &str) -> Answer {
+    let text = format!("not here; there is {paths}\n");
+    with_type(StatusCode::NOT_FOUND, HeaderValue::from_static("text/plain; charset=utf-8"), text)
+}
+
+/// The header in which load balancers that weigh nodes read a node's share.
+pub(super) const ENDPOINT_WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
