@@ -311,6 +311,23 @@ fn a_health_check_without_its_port_is_an_event_on_the_service_and_nobody_elses_t
     Ok(())
 }
 
+/// Where nobody takes Events, the log is the place to look.
+#[test]
+fn without_an_api_server_a_health_check_without_its_port_is_in_the_log() -> Result<()> {
+    let scenario = start(&[])?;
+    let taken = scenario.node().namespace.run(|| TcpListener::bind((NODE, HEALTH_CHECK)))?;
+    publish(&scenario, &[balanced("unlucky", 10, HEALTH_CHECK), slice("unlucky", 1, &[ready(&scenario, 1, 1)])])?;
+    eventually(SOON, || {
+        let log = scenario.agent.log();
+        let named = |line: &str| line.contains("default/unlucky") && line.contains("192.168.50.1:32100");
+        ensure!(log.lines().any(named), "not in the log:\n{log}");
+        Ok(())
+    })?;
+    drop(taken);
+    counts(&scenario.cluster.client, HEALTH_CHECK, 1).context("once the port is free")?;
+    Ok(())
+}
+
 const HEALTHZ: u16 = 10_256;
 
 /// Load balancers would go on to send clients to a node that is about to vanish, or the kubelet would restart the proxy

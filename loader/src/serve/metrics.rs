@@ -30,7 +30,7 @@ pub(super) struct Metrics {
     pub(super) healthz: IntCounterVec,
     pub(super) livez: IntCounterVec,
     pub(super) map_writes: IntCounter,
-    pub(super) skipped_fields: IntGauge,
+    pub(super) skipped_fields: IntCounter,
 }
 
 /// Changes of one kind of object: those that wait, and all there were.
@@ -118,10 +118,8 @@ impl Metrics {
             healthz: make.counters("kubeproxy_proxy_healthz_total", "Answers of /healthz", "code"),
             livez: make.counters("kubeproxy_proxy_livez_total", "Answers of /livez", "code"),
             map_writes: make.counter("sheave_map_writes_total", "Writes to pinned maps that applied changes"),
-            skipped_fields: make.add(IntGauge::new(
-                "sheave_skipped_fields",
-                "Fields of objects that could not be used, since the start",
-            )),
+            skipped_fields: make
+                .counter("sheave_skipped_fields_total", "Fields of objects that could not be used; the log names them"),
             registry: make.0.clone(),
         };
         for code in ["200", "503"] {

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use http::{HeaderValue, StatusCode};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tracing::warn;
 
 use crate::config::RunConfig;
 use events::{Events, Publisher};
@@ -62,6 +63,9 @@ pub fn new(config: &RunConfig) -> (Status, Servers) {
 impl Servers {
     /// Serves until the [`Status`] is gone. Dropping the future ends all servers.
     pub async fn run(self) {
+        if let Err(error) = server::allow_many_sockets() {
+            warn!(%error, "cannot raise the limit of file descriptors: health checks of many Services may not fit");
+        }
         let mut tasks = JoinSet::new();
         for address in self.healthz {
             let (health, metrics) = (Arc::clone(&self.health), Arc::clone(&self.metrics));

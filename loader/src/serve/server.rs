@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use http::header::{CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use http::{Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -28,12 +28,28 @@ pub(super) type Answer = Response<Full<Bytes>>;
 /// How long a server waits before it tries again to get its address and port.
 pub(super) const RETRY: Duration = Duration::from_secs(2);
 /// How long a client may take to send a request, and may keep a connection without one.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections of one server at a time; more wait to be accepted.
-const CONNECTIONS: usize = 256;
+const CONNECTIONS: usize = 128;
 const BACKLOG: i32 = 128;
 /// The pause after a connection could not be accepted, which is mostly for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Raises this process's limit of file descriptors as far as it may: every health check of a Service is a socket on
+/// each address, and a thousand of them are the usual limit. (Go raises it for kube-proxy, unasked.)
+pub(super) fn allow_many_sockets() -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a writable rlimit.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    limit.rlim_cur = limit.rlim_max;
+    // SAFETY: `limit` is a sound rlimit.
+    if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
 
 /// A listener on one address. It need not be an address of this machine (yet): it will answer once it is.
 pub(super) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
@@ -141,5 +157,31 @@ pub(super) fn not_found(paths: &str) -> Answer {
     with_type(StatusCode::NOT_FOUND, HeaderValue::from_static("text/plain; charset=utf-8"), text)
 }
 
-/// The header in which load balancers that weigh nodes read a node's share.
-pub(super) const ENDPOINT_WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_of_descriptors_is_raised_to_what_is_allowed() {
+        let limit = || {
+            let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            // SAFETY: `limit` is a writable rlimit.
+            assert_eq!(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) }, 0);
+            limit
+        };
+        let lower = libc::rlimit { rlim_cur: 500, rlim_max: limit().rlim_max };
+        // SAFETY: `lower` is a sound rlimit.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const lower) }, 0);
+        allow_many_sockets().unwrap();
+        assert_eq!(limit().rlim_cur, lower.rlim_max);
+    }
+
+    #[tokio::test]
+    async fn an_address_is_served_before_the_machine_has_it_and_a_taken_port_is_an_error() {
+        let absent = listen("192.0.2.77:0".parse().unwrap()).unwrap();
+        assert_eq!(absent.local_addr().unwrap().ip().to_string(), "192.0.2.77");
+        let first = listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let again = listen(first.local_addr().unwrap()).unwrap_err();
+        assert_eq!(again.kind(), io::ErrorKind::AddrInUse);
+    }
+}

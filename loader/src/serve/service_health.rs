@@ -7,8 +7,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
-use http::{HeaderValue, StatusCode};
-use serde_json::json;
+use http::{HeaderName, HeaderValue, StatusCode};
+use serde::Serialize;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
@@ -21,6 +21,9 @@ use crate::model::HealthCheck;
 use crate::model::desired::ServiceKey;
 use crate::model::objects::Family;
 
+/// The header in which load balancers that weigh nodes read a node's share.
+const ENDPOINT_WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
+
 /// What is to be served.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct HealthChecks {
@@ -28,6 +31,21 @@ pub(super) struct HealthChecks {
     pub(super) addresses: BTreeSet<IpAddr>,
     /// Services with a healthCheckNodePort.
     pub(super) services: BTreeMap<ServiceKey, HealthCheck>,
+}
+
+/// The body of an answer; kube-proxy's names, in its order.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Report<'a> {
+    service: Named<'a>,
+    local_endpoints: usize,
+    service_proxy_healthy: bool,
+}
+
+#[derive(Serialize)]
+struct Named<'a> {
+    namespace: &'a str,
+    name: &'a str,
 }
 
 /// One server.
@@ -45,16 +63,13 @@ impl HealthChecks {
 
     fn answer(&self, key: &ServiceKey, family: Family, proxy_healthy: bool) -> Answer {
         let check = self.services.get(key);
-        let endpoints = check.and_then(|check| check.endpoints.get(&family)).copied().unwrap_or(0);
-        let healthy = endpoints > 0 && proxy_healthy;
+        let local_endpoints = check.and_then(|check| check.endpoints.get(&family)).copied().unwrap_or(0);
+        let healthy = local_endpoints > 0 && proxy_healthy;
         let status = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-        let body = json!({
-            "service": {"namespace": key.namespace, "name": key.name},
-            "localEndpoints": endpoints,
-            "serviceProxyHealthy": proxy_healthy,
-        });
-        let mut answer = server::json(status, &body);
-        answer.headers_mut().insert(server::ENDPOINT_WEIGHT, HeaderValue::from(endpoints));
+        let service = Named { namespace: &key.namespace, name: &key.name };
+        let report = Report { service, local_endpoints, service_proxy_healthy: proxy_healthy };
+        let mut answer = server::json(status, &report);
+        answer.headers_mut().insert(ENDPOINT_WEIGHT, HeaderValue::from(local_endpoints));
         answer
     }
 }

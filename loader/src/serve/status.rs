@@ -104,7 +104,8 @@ impl Status {
     ) {
         self.metrics.sync_duration.observe(took.as_secs_f64());
         self.metrics.map_writes.inc_by(written as u64);
-        self.metrics.skipped_fields.set(i64::try_from(model.problems()).unwrap_or(i64::MAX));
+        let skipped = &self.metrics.skipped_fields;
+        skipped.inc_by(model.problems().saturating_sub(skipped.get()));
         for (policy, ports) in &self.no_local {
             let ports = i64::try_from(ports.len()).unwrap_or(i64::MAX);
             self.metrics.no_local_endpoints.with_label_values(&[policy]).set(ports);
@@ -172,4 +173,124 @@ fn lacks_local(port: &ServicePort, policy: &str) -> bool {
         };
         wants_local && elsewhere(if frontend.is_ipv4() { &port.endpoints4 } else { &port.endpoints6 })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::NodePortAddresses;
+    use crate::model::ModelOptions;
+    use crate::model::desired::{Endpoint, Protocol};
+    use crate::model::objects::{EndpointSlice, Family, Node, SliceKey};
+
+    fn status() -> (Status, watch::Receiver<HealthChecks>) {
+        let (sender, receiver) = watch::channel(HealthChecks::default());
+        let health = Arc::new(Health::new(Duration::from_secs(60)));
+        (Status::new(health, Arc::new(Metrics::new()), sender), receiver)
+    }
+
+    fn slice(triggered: SystemTime) -> EndpointSlice {
+        let key = SliceKey { namespace: "default".to_owned(), name: "web-1".to_owned() };
+        let (ports, endpoints, problems) = (Vec::new(), Vec::new(), Vec::new());
+        let (service, ignored, family, triggered) = (None, false, Some(Family::V4), Some(triggered));
+        EndpointSlice { key, service, ignored, family, ports, endpoints, triggered, problems }
+    }
+
+    /// How many times from a cause to the kernel were measured.
+    fn measured(status: &Status) -> u64 {
+        status.metrics.network_programming.get_sample_count()
+    }
+
+    #[test]
+    fn only_what_changed_for_a_new_cause_is_measured_and_only_once_it_is_applied() {
+        let (mut status, _receiver) = status();
+        let (before, after) = (status.started - Duration::from_secs(60), status.started + Duration::from_millis(1));
+        let key = slice(after).key;
+        for (change, services) in [
+            (Change::Slice(slice(before)), 1),
+            (Change::SlicesReplaced(vec![slice(after)]), 1),
+            (Change::SliceGone(key), 1),
+            (Change::Slice(slice(after)), 0),
+        ] {
+            status.changed(&Arrival::from(&change), services);
+        }
+        status.applied();
+        assert_eq!(measured(&status), 0);
+        status.changed(&Arrival::from(&Change::Slice(slice(after))), 1);
+        assert_eq!(measured(&status), 0);
+        status.applied();
+        status.applied();
+        assert_eq!(measured(&status), 1);
+    }
+
+    #[test]
+    fn changes_are_pending_until_they_are_applied() {
+        let (mut status, _receiver) = status();
+        let counts = |status: &Status| {
+            let of = |changes: &Changes| (changes.pending.get(), changes.total.get());
+            (of(&status.metrics.endpoint_changes), of(&status.metrics.service_changes))
+        };
+        status.changed(&Arrival::from(&Change::SlicesReplaced(Vec::new())), 3);
+        status.changed(&Arrival::from(&Change::ServicesReplaced(Vec::new())), 2);
+        status.changed(&Arrival::from(&Change::NodeGone), 7);
+        assert_eq!(counts(&status), ((3, 3), (2, 2)));
+        status.applied();
+        assert_eq!(counts(&status), ((0, 3), (0, 2)));
+    }
+
+    #[test]
+    fn a_port_lacks_local_endpoints_if_a_policy_asks_for_them_and_they_are_elsewhere() {
+        let endpoint = |local| {
+            let address = "10.1.0.1".parse().unwrap();
+            Endpoint { address, port: 80, local, terminating: false }
+        };
+        let elsewhere = EndpointSets { cluster: vec![endpoint(false)], local: Vec::new() };
+        let here = EndpointSets { cluster: vec![endpoint(true)], local: vec![endpoint(true)] };
+        let internal = flags::CLUSTER_IP | flags::INTERNAL_LOCAL | flags::EXTERNAL_LOCAL;
+        let external = flags::NODE_PORT | flags::EXTERNAL_LOCAL;
+        for (frontend, bits, sets, expected) in [
+            ("10.96.0.1:80", internal, &elsewhere, (true, false)),
+            ("10.96.0.1:80", flags::CLUSTER_IP, &elsewhere, (false, false)),
+            ("192.0.2.1:80", external, &elsewhere, (false, true)),
+            ("192.0.2.1:80", flags::NODE_PORT, &elsewhere, (false, false)),
+            ("192.0.2.1:80", external, &here, (false, false)),
+            // Nothing anywhere is another matter, and the other family's endpoints don't count.
+            ("192.0.2.1:80", external, &EndpointSets::default(), (false, false)),
+            ("[2001:db8::1]:80", external, &elsewhere, (false, false)),
+        ] {
+            let frontends = [(frontend.parse().unwrap(), bits)].into();
+            let port = ServicePort { frontends, endpoints4: sets.clone(), ..ServicePort::default() };
+            assert_eq!((lacks_local(&port, "internal"), lacks_local(&port, "external")), expected, "{frontend} {bits}");
+        }
+        let (mut status, _receiver) = status();
+        let service = ServiceKey { namespace: "default".to_owned(), name: "web".to_owned() };
+        let name = ServicePortName { service, port: String::new(), protocol: Protocol::Tcp };
+        let frontends = [("192.0.2.1:80".parse().unwrap(), external)].into();
+        let port = ServicePort { frontends, endpoints4: elsewhere, ..ServicePort::default() };
+        status.port(&name, Some(&port));
+        status.port(&name, Some(&port));
+        assert_eq!(status.no_local["external"].len(), 1);
+        status.port(&name, None);
+        assert!(status.no_local["external"].is_empty());
+    }
+
+    #[test]
+    fn a_node_that_was_there_and_went_has_left_and_one_that_never_came_has_not() {
+        let node_name = "here".to_owned();
+        let nodeport_addresses = NodePortAddresses::Primary;
+        let mut model = Model::new(ModelOptions { node_name, external_ips: true, nodeport_addresses });
+        let (mut status, receiver) = status();
+        status.applied();
+        let healthz = |status: &Status| status.health.answer(super::super::health::Question::Healthz).status().as_u16();
+        status.node(&model);
+        assert_eq!(healthz(&status), 200);
+        let address: IpAddr = "192.0.2.1".parse().unwrap();
+        let (name, zone, problems) = ("here".to_owned(), None, Vec::new());
+        model.apply(Change::Node(Node { name, zone, internal_ips: vec![address], leaving: false, problems }));
+        status.node(&model);
+        assert_eq!((healthz(&status), &receiver.borrow().addresses), (200, &BTreeSet::from([address])));
+        model.apply(Change::NodeGone);
+        status.node(&model);
+        assert_eq!((healthz(&status), receiver.borrow().addresses.len()), (503, 0));
+    }
 }

@@ -8,7 +8,7 @@ use super::super::desired::{Protocol, ServiceKey, ServicePort, ServicePortName};
 use super::super::objects::{
     EndpointSlice, Family, Node, Port, Service, ServiceType, SliceEndpoint, SliceKey, SlicePort,
 };
-use super::super::{Change, Model, ModelOptions};
+use super::super::{Change, HealthCheck, Model, ModelOptions};
 use super::key;
 use crate::config::NodePortAddresses;
 
@@ -167,11 +167,17 @@ fn model() -> Model {
     Model::new(ModelOptions { node_name, external_ips: true, nodeport_addresses: NodePortAddresses::Primary })
 }
 
-type Desired = BTreeMap<ServiceKey, BTreeMap<ServicePortName, ServicePort>>;
+/// What follows from a Service, where something does.
+type Outcome = (BTreeMap<ServicePortName, ServicePort>, Option<HealthCheck>);
+type Desired = BTreeMap<ServiceKey, Outcome>;
+
+fn outcome(model: &Model, key: &ServiceKey) -> Option<Outcome> {
+    let (ports, check) = (model.desired(key), model.health_check(key));
+    (!ports.is_empty() || check.is_some()).then_some((ports, check))
+}
 
 fn desired(model: &Model) -> Desired {
-    let desired = model.services().map(|key| (key.clone(), model.desired(key)));
-    desired.filter(|(_, ports)| !ports.is_empty()).collect()
+    model.services().filter_map(|key| Some((key.clone(), outcome(model, key)?))).collect()
 }
 
 #[test]
@@ -183,11 +189,9 @@ fn a_thousand_random_changes_end_where_a_fresh_start_would() {
             let change = random.change();
             objects.apply(change.clone());
             for key in model.apply(change) {
-                let ports = model.desired(&key);
-                if ports.is_empty() {
-                    followed.remove(&key)
-                } else {
-                    followed.insert(key, ports)
+                match outcome(&model, &key) {
+                    None => followed.remove(&key),
+                    Some(outcome) => followed.insert(key, outcome),
                 };
             }
             if step % 50 == 49 {
