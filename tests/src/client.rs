@@ -448,3 +448,12 @@ fn to_c(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
 pub fn at(address: impl Into<IpAddr>, port: u16) -> SocketAddr {
     SocketAddr::new(address.into(), port)
 }
+
+/// The same target as an IPv4-mapped IPv6 address, which AF_INET6 sockets ask; an IPv6 target as it is.
+#[must_use]
+pub fn mapped(target: SocketAddr) -> SocketAddr {
+    match target {
+        SocketAddr::V4(target) => at(target.ip().to_ipv6_mapped(), target.port()),
+        SocketAddr::V6(_) => target,
+    }
+}

@@ -122,7 +122,8 @@ pub fn serve(socket: &UdpSocket, target: SocketAddr) -> Result<()> {
 }
 
 fn ask(socket: &UdpSocket) -> Result<String> {
-    socket.send(b"ping").context("sending")?;
+    // Of a socket that was closed, a send only says that it is not connected; why is the socket's pending error.
+    socket.send(b"ping").or_else(|error| Err(socket.take_error()?.unwrap_or(error))).context("sending")?;
     let mut buffer = [0; 1500];
     let length = socket.recv(&mut buffer).context("waiting for the answer")?;
     Ok(client::parse_answer(&buffer[..length])?.backend)

@@ -1,11 +1,12 @@
 //! A process of the node itself asks Services: its sockets are balanced when they connect.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use sheave_tests::client::Answers;
+use sheave_tests::client::{self, Answers};
 use sheave_tests::manifests::Service;
 use sheave_tests::netns::Namespace;
 use sheave_tests::process::{Process, built};
@@ -14,11 +15,17 @@ use sheave_tests::server::{self, Server};
 use sheave_tests::topology::{PodNetwork, Shape};
 
 const WEB: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
+const WEB6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x10);
 const NODE: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 1);
-const LOCALHOST: Ipv4Addr = Ipv4Addr::LOCALHOST;
+const NODE6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x50, 0, 0, 0, 0, 0, 1);
+const LOOPBACK: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+const CLUSTER_IPS: [IpAddr; 2] = [IpAddr::V4(WEB), IpAddr::V6(WEB6)];
+/// Where this node serves nodePorts to its own processes.
+const NODE_PORTS: [IpAddr; 4] = [IpAddr::V4(NODE), IpAddr::V6(NODE6), LOOPBACK[0], LOOPBACK[1]];
 
 fn web() -> Service {
     Service::new("web", WEB)
+        .and(WEB6)
         .tcp("http", 80, server::WHO)
         .node_port(30_500)
         .udp("udp", 53, server::UDP)
@@ -38,13 +45,10 @@ fn probe(mut command: Command, protocol: &str, target: SocketAddr, count: usize)
     serde_json::from_str(&output).with_context(|| format!("the probe printed {output}"))
 }
 
-/// These targets, and the same as IPv4-mapped addresses, which AF_INET6 sockets ask.
-fn also_mapped<const N: usize>(targets: [SocketAddr; N]) -> impl Iterator<Item = SocketAddr> {
-    let mapped = targets.map(|target| match target {
-        SocketAddr::V4(target) => SocketAddr::new(target.ip().to_ipv6_mapped().into(), target.port()),
-        SocketAddr::V6(_) => target,
-    });
-    targets.into_iter().chain(mapped)
+/// Where a published port is in either family, and the IPv4 addresses also as IPv4-mapped ones, which AF_INET6 sockets ask.
+fn everywhere(scenario: &Scenario, addresses: &[IpAddr], port: u16) -> BTreeSet<SocketAddr> {
+    let targets = addresses.iter().map(|address| scenario.at(*address, port));
+    targets.flat_map(|target| [target, client::mapped(target)]).collect()
 }
 
 /// The kubelet and other processes of a node would not reach Services.
@@ -52,9 +56,9 @@ fn also_mapped<const N: usize>(targets: [SocketAddr; N]) -> impl Iterator<Item =
 fn a_host_process_reaches_cluster_ips_and_node_ports() -> Result<()> {
     for pods in [PodNetwork::Bridged, PodNetwork::Routed] {
         let scenario = start(pods)?;
-        let targets = [scenario.at(WEB, 80), scenario.at(NODE, 30_500), scenario.at(LOCALHOST, 30_500)];
-        for target in also_mapped(targets) {
-            let answers = probe(scenario.agent.host_command(built("probe")?), "tcp", target, 2_000)?;
+        let targets = everywhere(&scenario, &CLUSTER_IPS, 80);
+        for target in targets.into_iter().chain(everywhere(&scenario, &NODE_PORTS, 30_500)) {
+            let answers = probe(scenario.agent.host_command(built("probe")?), "tcp", target, 1_000)?;
             answers.all_answered().with_context(|| format!("{pods:?}: {target}"))?;
             answers.evenly_spread(4, 0.25).with_context(|| format!("{pods:?}: {target}"))?;
         }
@@ -66,8 +70,8 @@ fn a_host_process_reaches_cluster_ips_and_node_ports() -> Result<()> {
 #[test]
 fn a_host_process_asks_by_datagram() -> Result<()> {
     let scenario = start(PodNetwork::Bridged)?;
-    let targets = [scenario.at(WEB, 53), scenario.at(NODE, 30_053), scenario.at(LOCALHOST, 30_053)];
-    for target in also_mapped(targets) {
+    let targets = everywhere(&scenario, &CLUSTER_IPS, 53);
+    for target in targets.into_iter().chain(everywhere(&scenario, &NODE_PORTS, 30_053)) {
         for protocol in ["udp", "udp-named", "udp-unconnected"] {
             let answers = probe(scenario.agent.host_command(built("probe")?), protocol, target, 50)?;
             answers.all_answered().with_context(|| format!("{protocol} to {target}"))?;
@@ -137,9 +141,11 @@ fn a_process_of_another_network_in_the_same_cgroup_is_not_touched() -> Result<()
 #[test]
 fn a_host_process_is_refused_at_once_without_endpoints() -> Result<()> {
     let scenario = start(PodNetwork::Bridged)?;
-    let empty = Ipv4Addr::new(10, 96, 0, 11);
-    scenario.publish(&Service::new("empty", empty).tcp("http", 80, 1).node_port(30_600), [])?;
-    for target in also_mapped([scenario.at(empty, 80), scenario.at(LOCALHOST, 30_600)]) {
+    let empty = ["10.96.0.11".parse::<IpAddr>()?, "fd00:10:96::11".parse()?];
+    scenario.publish(&Service::new("empty", empty[0]).and(empty[1]).tcp("http", 80, 1).node_port(30_600), [])?;
+    let unknown = everywhere(&scenario, &CLUSTER_IPS, 81);
+    let targets = everywhere(&scenario, &empty, 80).into_iter().chain(everywhere(&scenario, &NODE_PORTS, 30_600));
+    for target in targets.chain(unknown) {
         let answers = probe(scenario.agent.host_command(built("probe")?), "tcp", target, 3)?;
         ensure!(answers.failed == 3 && answers.errors.iter().all(|error| error.contains("refused")), "{answers:?}");
     }
@@ -156,5 +162,42 @@ fn a_pods_process_in_the_cgroup_is_balanced_by_packet_only() -> Result<()> {
     answers.all_answered()?;
     let hairpin = IpAddr::from([169, 254, 42, 1]);
     ensure!(answers.seen.contains(&hairpin), "no packet was turned back to the pod itself: {:?}", answers.seen);
+    Ok(())
+}
+
+/// A process that binds to loopback and asks a nodePort there would wait for an answer that can't come back: no packet
+/// from loopback leaves the machine.
+#[test]
+fn a_socket_bound_to_loopback_is_left_alone() -> Result<()> {
+    let scenario = start(PodNetwork::Bridged)?;
+    for target in everywhere(&scenario, &LOOPBACK, 30_500) {
+        let answers = probe(scenario.agent.host_command(built("probe")?), "tcp-bound", target, 1)?;
+        // Nobody listens there.
+        ensure!(answers.failed == 1 && answers.errors[0].contains("refused"), "{target}: {answers:?}");
+    }
+    Ok(())
+}
+
+/// A node's processes would be scattered over the backends of a Service with affinity, or share a pod's backend.
+#[test]
+fn the_client_of_affinity_is_the_node_or_the_pod() -> Result<()> {
+    let scenario = Scenario::start(Shape { pod_counts: [2, 2], ..Shape::default() }, &["--connect", "all"])?;
+    scenario.publish(&web().affinity(600), scenario.cluster.nodes.iter().flat_map(|node| &node.pods))?;
+    let pods = [scenario.pod(1, 1), scenario.pod(1, 2)];
+    for target in everywhere(&scenario, &CLUSTER_IPS, 80) {
+        let mut commands = vec![scenario.agent.host_command(built("probe")?)];
+        for pod in pods {
+            commands.push(scenario.agent.bystander_command(&pod.namespace, built("probe")?));
+        }
+        for command in commands {
+            let answers = probe(command, "tcp", target, 20)?;
+            answers.all_answered()?;
+            ensure!(answers.by_backend.len() == 1, "{target}: {:?} answered one client", answers.by_backend);
+        }
+    }
+    let shown: serde_json::Value = serde_json::from_str(&scenario.agent.view("affinity", &["-o", "json"])?)?;
+    let rows = shown.as_array().context("affinity is a list")?.iter();
+    let clients: Vec<IpAddr> = rows.filter_map(|row| row["client"].as_str()?.parse().ok()).collect();
+    ensure!(clients.len() == 6 && clients.contains(&NODE.into()) && clients.contains(&NODE6.into()), "{shown:#}");
     Ok(())
 }

@@ -13,6 +13,7 @@ mod maps;
 mod pins;
 mod programs;
 mod settings;
+mod sockets;
 mod sweep;
 mod syscall;
 mod tc;
@@ -41,6 +42,7 @@ use links::Links;
 use maps::Maps;
 use pins::Pins;
 use programs::Programs;
+use sockets::Closer;
 use writer::Writer;
 
 /// What became of a batch of changes.
@@ -52,6 +54,7 @@ pub struct Dataplane {
     writer: Writer,
     planner: Planner,
     links: Links,
+    sockets: Closer,
     xdp: XdpMode,
     /// Pod interfaces that went away and whose flows are still there.
     unswept: BTreeSet<u32>,
@@ -104,7 +107,8 @@ impl Dataplane {
             let cgroup = config.cgroup.clone().map_or_else(cgroup::root, Ok)?;
             cgroup::attach(&programs, &pins.links(), &cgroup)?;
         }
-        Ok(Self { programs, writer, planner, links, xdp: config.xdp, unswept: BTreeSet::new(), _pins: pins })
+        let sockets = Closer::start(pins.directory())?;
+        Ok(Self { programs, writer, planner, links, sockets, xdp: config.xdp, unswept: BTreeSet::new(), _pins: pins })
     }
 
     /// Makes the service ports that changed as desired; `None` means that it should not be there. Those that failed
@@ -117,12 +121,20 @@ impl Dataplane {
     /// Makes everything as desired, and removes whatever is not. Only for a list that is known to be complete.
     pub fn apply_all(&mut self, desired: BTreeMap<ServicePortName, ServicePort>) -> Applied {
         let batch = self.planner.plan_all(desired);
-        self.execute(batch)
+        let applied = self.execute(batch);
+        // What went before this daemon started concerns sockets that are still open.
+        self.sockets.look();
+        applied
     }
 
     fn execute(&mut self, batch: Batch) -> Applied {
         let writer = &mut self.writer;
-        self.planner.execute(batch, |write| writer.write(write))
+        let concerned = sockets::concerned(&batch);
+        let applied = self.planner.execute(batch, |write| writer.write(write));
+        if concerned {
+            self.sockets.look();
+        }
+        applied
     }
 
     /// Whether some service port is not as desired because a write failed. [`Self::apply`] tries again.

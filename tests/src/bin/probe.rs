@@ -1,10 +1,10 @@
 //! A client that is a process of its own, because connect-time balancing looks at processes: their cgroup and their
 //! network namespace. Asks a server of `sheave_tests::server` and prints the counted answers as JSON.
 //!
-//! `probe tcp|udp|udp-named|udp-unconnected ADDRESS:PORT[,ADDRESS:PORT] COUNT [PAUSE]`
+//! `probe tcp|tcp-bound|udp|udp-named|udp-unconnected ADDRESS:PORT[,ADDRESS:PORT] COUNT [PAUSE]`
 //!
 //! An IPv4-mapped address ([::ffff:10.96.0.10]:80) is asked by an AF_INET6 socket. Connected sockets must show the address
-//! that was asked as their peer. `udp-named` names that address with every datagram of one connected socket. With several
+//! that was asked as their peer. `tcp-bound` binds to the address that it asks. `udp-named` names that address with every datagram of one connected socket. With several
 //! targets, the one socket of `udp-unconnected` asks them in turn. PAUSE is in milliseconds.
 //!
 //! `probe hold ADDRESS:PORT` connects a UDP socket, and then does what `sheave_tests::held` asks for on standard input.
@@ -14,12 +14,15 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use sheave_tests::client::{self, Answers};
+use sheave_tests::family::Family;
 use sheave_tests::held;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [protocol, targets, rest @ ..] = arguments.as_slice() else {
-        bail!("usage: probe tcp|udp|udp-named|udp-unconnected|hold ADDRESS:PORT[,ADDRESS:PORT] [COUNT [PAUSE]]");
+        bail!(
+            "usage: probe tcp|tcp-bound|udp|udp-named|udp-unconnected|hold ADDRESS:PORT[,ADDRESS:PORT] [COUNT [PAUSE]]"
+        );
     };
     let targets: Result<Vec<SocketAddr>, _> = targets.split(',').map(str::parse).collect();
     let targets = targets.context("a target is an ADDRESS:PORT")?;
@@ -37,13 +40,16 @@ fn main() -> Result<()> {
             }
             answers
         }
+        "tcp-bound" => repeat(count, || client::who_from((target.ip(), 0), target)),
         "udp" => repeat(count, || client::ask_udp_with(&connected(target)?, "ping")),
         "udp-named" => {
             let socket = connected(target)?;
             repeat(count, || ask(&socket, target))
         }
         "udp-unconnected" => {
-            let socket = bound(target)?;
+            let any = Family::of(target.ip()).pick(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED);
+            let socket = UdpSocket::bind((any, 0))?;
+            socket.set_read_timeout(Some(client::LIMIT))?;
             let mut turn = targets.iter().cycle();
             repeat(count, || {
                 std::thread::sleep(pause);
@@ -51,7 +57,7 @@ fn main() -> Result<()> {
             })
         }
         "hold" => return held::serve(&connected(target)?, target),
-        other => bail!("{other}: neither tcp nor udp nor udp-named nor udp-unconnected nor hold"),
+        other => bail!("{other}: not a protocol"),
     };
     println!("{}", serde_json::to_string(&answers)?);
     Ok(())
@@ -70,20 +76,9 @@ fn shown_by_tcp(target: SocketAddr) -> Result<()> {
     shows(connection.with_context(|| format!("connecting to {target}"))?.peer_addr()?, target)
 }
 
-/// A UDP socket of the target's family.
-fn bound(target: SocketAddr) -> Result<UdpSocket> {
-    let socket = if target.is_ipv4() {
-        UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?
-    } else {
-        UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0))?
-    };
-    socket.set_read_timeout(Some(client::LIMIT))?;
-    Ok(socket)
-}
-
 fn connected(target: SocketAddr) -> Result<UdpSocket> {
-    let socket = bound(target)?;
-    socket.connect(target).with_context(|| format!("connecting to {target}"))?;
+    let socket = client::udp_to(target).with_context(|| format!("connecting to {target}"))?;
+    socket.set_read_timeout(Some(client::LIMIT))?;
     shows(socket.peer_addr()?, target)?;
     Ok(socket)
 }
