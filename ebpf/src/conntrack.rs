@@ -40,8 +40,9 @@ pub fn closed<A>(flow: &Flow<A>) -> bool {
 }
 
 /// Finds the flow of a packet and keeps its state up to date. `None` is a miss, which includes flows that no longer count:
-/// expired ones; a SYN's or a datagram's flow whose backend is gone, or whose frontend is another service's by now; a SYN's
-/// flow that is closing; and flows whose packets travel the other way, which a sender on the wrong side must not change.
+/// expired ones; a SYN's or a datagram's flow whose backend left every set, or whose frontend is another service's by now;
+/// a SYN's flow that is closing; and flows whose packets travel the other way, which a sender on the wrong side must not
+/// change.
 ///
 /// The flow is a copy: the element may be evicted and reused at any time.
 #[inline(always)]
@@ -87,7 +88,7 @@ fn counts<A: Family>(flow: &Flow<A>, packet: &Packet<A>, now: u32, config: &Conf
     }
     let tuple = &packet.key.tuple;
     let frontend = FrontendKey::new(tuple.destination, tuple.destination_port_be, packet.key.protocol);
-    flow.closing == 0 && A::backend(flow.backend_id).is_some() && versioned::serves(&frontend, flow.service_id)
+    flow.closing == 0 && versioned::in_a_set::<A>(flow.backend_id) && versioned::serves(&frontend, flow.service_id)
 }
 
 /// Writes what a packet changes in its flow. Most packets change nothing: `last_seen` moves once a second.

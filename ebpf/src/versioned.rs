@@ -6,10 +6,13 @@
 //! a copy that mixes two writes, or that is another key's, can't be equal to what the second lookup finds.
 
 use sheave_common::DropReason;
-use sheave_common::backend::Backend;
+use sheave_common::backend::{Backend, flags};
 use sheave_common::frontend::{Frontend, FrontendKey};
 
 use crate::maps::{self, Family};
+
+/// New connections may reach a backend with one of these.
+const IN_SETS: u32 = flags::IN_CLUSTER_SET | flags::IN_LOCAL_SET;
 
 /// How often a read is tried before the packet is given up.
 const ATTEMPTS: u32 = 4;
@@ -56,6 +59,17 @@ pub fn serves<A: Family>(key: &FrontendKey<A>, service_id: u32) -> bool {
         A::frontend(key)
             // SAFETY: a map value stays readable memory while the program runs, and this is one aligned word.
             .is_some_and(|element| unsafe { (&raw const (*element).service_id).read_volatile() } == service_id)
+    })
+}
+
+/// Whether a backend is there and in a set: one that left every set stays for a moment, for packets in flight. What says
+/// otherwise is looked at again, since it may have been an element that was just recycled.
+#[inline(always)]
+pub fn in_a_set<A: Family>(id: u32) -> bool {
+    (0..2).any(|_| {
+        A::backend(id)
+            // SAFETY: a map value stays readable memory while the program runs, and this is one aligned word.
+            .is_some_and(|element| unsafe { (&raw const (*element).flags).read_volatile() } & IN_SETS != 0)
     })
 }
 

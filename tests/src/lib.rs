@@ -19,6 +19,7 @@ pub mod kubectl;
 pub mod leftovers;
 pub mod manifests;
 pub mod netns;
+pub mod oracle;
 pub mod packet;
 pub mod process;
 pub mod program;

@@ -5,6 +5,7 @@
 use std::collections::HashMap as StdHashMap;
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::maps::{Array, HashMap, PerCpuArray};
@@ -108,9 +109,33 @@ impl Programs {
         for (map, size) in sizes {
             loader.map_max_entries(map, *size);
         }
+        let mut programs = Self::load_by(loader)?;
+        let mut config = default_config();
+        adjust(&mut config);
+        programs.array::<Config>(names::CONFIG)?.set(0, config, 0)?;
+        Ok(programs)
+    }
+
+    /// Loads the object once more, on the maps that a dataplane has pinned in a directory, and leaves them as they are.
+    pub fn load_pinned(directory: &Path) -> Result<Self> {
+        let mut pins = Vec::new();
+        for pin in std::fs::read_dir(directory)? {
+            let pin = pin?;
+            if pin.file_type()?.is_file() {
+                pins.push((pin.file_name().to_string_lossy().into_owned(), pin.path()));
+            }
+        }
+        let mut loader = EbpfLoader::new();
+        for (map, pin) in &pins {
+            loader.map_pin_path(map, pin);
+        }
+        Self::load_by(loader)
+    }
+
+    fn load_by(mut loader: EbpfLoader<'_>) -> Result<Self> {
         // Every feature that this repository's kernels have; the loader of `sheave run` finds them out.
-        let all = features::FIB_SOURCE | features::SET_RETVAL | features::COARSE_CLOCK;
-        loader.override_global("FEATURES", &all, true);
+        static ALL: u32 = features::FIB_SOURCE | features::SET_RETVAL | features::COARSE_CLOCK;
+        loader.override_global("FEATURES", &ALL, true);
         let mut bpf = loader.load(sheave::EBPF_OBJECT).context("loading the BPF object")?;
         for (name, program) in bpf.programs_mut() {
             match program {
@@ -121,11 +146,7 @@ impl Programs {
             }
             .with_context(|| format!("loading {name}"))?;
         }
-        let mut programs = Self { bpf, version: 1, next_backend: 1, table_used: 0 };
-        let mut config = default_config();
-        adjust(&mut config);
-        programs.array::<Config>(names::CONFIG)?.set(0, config, 0)?;
-        Ok(programs)
+        Ok(Self { bpf, version: 1, next_backend: 1, table_used: 0 })
     }
 
     fn array<V: Pod>(&mut self, name: &str) -> Result<Array<&mut aya::maps::MapData, V>> {

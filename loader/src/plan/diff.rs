@@ -14,6 +14,9 @@ use super::reclaim::Queue;
 use super::write::{Backend, Batch, Frontend, FrontendAddress, Operation, Owner, Write};
 use crate::model::desired::{Endpoint, EndpointSets, ServicePort, ServicePortName};
 
+/// New connections may reach a backend with one of these.
+const IN_SETS: u32 = IN_CLUSTER_SET | IN_LOCAL_SET;
+
 /// Why a service port can't be put into the kernel.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
@@ -74,6 +77,7 @@ struct Draft {
     backends: Vec<Operation>,
     runs: Vec<Operation>,
     frontends: Vec<Operation>,
+    leaving: Vec<Operation>,
     marks: Vec<Operation>,
     mark_deletions: Vec<Operation>,
     frontend_deletions: Vec<Operation>,
@@ -174,12 +178,12 @@ impl Planner {
             }
         }
         self.plan_frontends(&touched, &mut draft);
-        let Draft { names, backends, runs, frontends, marks, mark_deletions, frontend_deletions } = draft;
+        let Draft { names, backends, runs, frontends, leaving, marks, mark_deletions, frontend_deletions } = draft;
         if let Some((next_backend_id, next_service_id)) = self.identity.reservation() {
             let write = Write::Reserve { next_backend_id, next_service_id };
             batch.operations.push(Operation { owner: Owner::Batch, write });
         }
-        let ordered = [names, backends, runs, frontends, marks, mark_deletions, frontend_deletions];
+        let ordered = [names, backends, runs, frontends, leaving, marks, mark_deletions, frontend_deletions];
         batch.operations.extend(ordered.into_iter().flatten());
         batch
     }
@@ -246,8 +250,16 @@ impl Planner {
             })
         };
         let sets = [sets_of(&desired.endpoints4, owned_families[0])?, sets_of(&desired.endpoints6, owned_families[1])?];
-        self.queue
-            .backends(self.actual.backends_of(service_id).filter(|(e, _)| !wanted.contains_key(e)).map(|(_, id)| id));
+        let unwanted = self.actual.backends_of(service_id).filter(|(endpoint, _)| !wanted.contains_key(endpoint));
+        let unwanted: Vec<u32> = unwanted.map(|(_, id)| id).collect();
+        for id in &unwanted {
+            // It stays for packets in flight, but what a client or a datagram's flow remembers is no way to it any more.
+            if let Some(backend) = self.actual.backends.get(id).filter(|backend| backend.flags & IN_SETS != 0) {
+                let backend = Backend { flags: backend.flags & !IN_SETS, ..*backend };
+                draft.leaving.push(owned(Write::PutBackend { id: *id, backend }));
+            }
+        }
+        self.queue.backends(unwanted);
         if let Some(service) = self.services.get_mut(name) {
             service.sets = Some(sets);
         }

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use sheave_common::backend::flags::IN_CLUSTER_SET;
 use sheave_common::frontend::BackendSet;
 use sheave_common::frontend::flags::{CLUSTER_IP, EXTERNAL_IP, NODE_PORT, SERVICE_ADDRESS, WHOLE_ADDRESS};
 
@@ -371,7 +372,7 @@ fn two_services_that_swap_ports_on_a_shared_address_leave_no_gap() {
 }
 
 #[test]
-fn one_changed_endpoint_writes_one_backend_one_run_and_the_services_frontends() {
+fn one_changed_endpoint_writes_two_backends_one_run_and_the_services_frontends() {
     let mut maps = Maps::new(10_000);
     let mut planner = Planner::restore(maps.dump());
     let mut desired: Desired = (10..500).map(|n| (name(n), one_frontend(n as u16, &[1, 2, 3]))).collect();
@@ -380,7 +381,7 @@ fn one_changed_endpoint_writes_one_backend_one_run_and_the_services_frontends() 
     let changed = one_frontend(11, &[1, 2, 4]);
     desired.insert(name(11), changed.clone());
     let batch = planner.plan(BTreeMap::from([(name(11), Some(changed))]));
-    assert_eq!(maps.run(&mut planner, batch), 3);
+    assert_eq!(maps.run(&mut planner, batch), 4);
     assert_eq!(maps.settle(&mut planner), 1, "the backend that left");
     assert_tidy_large(&maps, &desired);
 }
@@ -404,10 +405,29 @@ fn an_endpoint_that_flaps_within_a_grace_period_keeps_its_backend_and_its_run() 
     maps.run(&mut planner, batch);
     let grace = planner.begin_grace().expect("a run and a backend wait");
     let batch = plan(&mut planner, &[1, 2]);
-    assert_eq!(maps.run(&mut planner, batch), 1, "the frontend names the old run again");
+    assert_eq!(maps.run(&mut planner, batch), 2, "the backend is in the set, and the frontend names the old run again");
     let batch = planner.reclaim(grace);
     assert!(batch.operations.is_empty());
     assert_eq!((&maps.frontends, &maps.backends), (&before.frontends, &before.backends));
+}
+
+/// A client that affinity binds to it would go on being sent there until the grace period is over.
+#[test]
+fn an_endpoint_that_leaves_is_in_no_set_as_soon_as_the_frontends_say_so() {
+    let mut maps = Maps::new(100);
+    let mut planner = Planner::restore(maps.dump());
+    let mut plan = |backends: &[u8]| {
+        let batch = planner.plan(BTreeMap::from([(name(1), Some(one_frontend(80, backends)))]));
+        let last = batch.operations.last().map(|operation| operation.write.clone());
+        maps.run(&mut planner, batch);
+        let backend = maps.backends.values().find(|backend| backend.address.to_string() == "10.1.0.2").copied();
+        (last, backend.expect("it is there until a grace period is over").flags)
+    };
+    assert_eq!(plan(&[1, 2]).1, IN_CLUSTER_SET);
+    let (last, flags) = plan(&[1]);
+    assert_eq!(flags, 0);
+    assert!(matches!(last, Some(Write::PutBackend { .. })), "after the frontend: {last:?}");
+    assert_eq!(plan(&[1, 2]).1, IN_CLUSTER_SET);
 }
 
 #[test]

@@ -107,6 +107,24 @@ fn udp_moves_to_another_backend_as_soon_as_its_own_is_gone() {
     assert_eq!(View(&moved.packet).destination(), address("10.1.0.3:5353"));
 }
 
+/// An endpoint that is removed stays in the map until no packet in flight can name it. Meanwhile, DNS clients that reuse a
+/// port would go on asking a server that is gone.
+#[test]
+fn udp_leaves_a_backend_that_left_every_set_before_it_is_gone() {
+    let mut programs = two_services();
+    let packet = Packet::udp("10.1.0.1:5000", "10.96.0.10:53").build();
+    pod(&mut programs, "pod_ingress", &packet);
+    let old = programs.flows(names::CONNTRACK4).unwrap().values().next().unwrap().backend_id;
+    programs.service(&cluster_ip(2, PROTOCOL_UDP, "10.96.0.10:53", &["10.1.0.3:5353"])).unwrap();
+    let mut backends =
+        programs.hash::<u32, sheave_common::backend::Backend<sheave_common::Ipv4Address>>(names::BACKENDS4).unwrap();
+    let backend = backends.get(&old, 0).unwrap();
+    let left = sheave_common::backend::Backend { flags: sheave_common::backend::flags::LOCAL, ..backend };
+    backends.insert(old, left, 0).unwrap();
+    let moved = pod(&mut programs, "pod_ingress", &packet);
+    assert_eq!(View(&moved.packet).destination(), address("10.1.0.3:5353"));
+}
+
 /// A long-lived flow would go on reaching a service that has given its port to another one, or was closed to it.
 #[test]
 fn udp_follows_a_port_to_the_service_that_takes_it_over() {

@@ -1,0 +1,94 @@
+//! What clients have done before, as far as the rules care: whom affinity binds to which endpoint, and which datagrams
+//! belong to a flow.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use super::answer::{Answer, Oracle, Packet, Protocol, Source};
+use super::frontends::ServicePortKey;
+
+/// What is remembered.
+#[derive(Debug, Default)]
+pub(super) struct Memory {
+    /// By client and service port, whichever address and source port it used.
+    affinity: BTreeMap<(IpAddr, ServicePortKey), SocketAddr>,
+    datagrams: Vec<Datagram>,
+}
+
+/// A datagram that was translated.
+#[derive(Clone, Debug)]
+pub(super) struct Datagram {
+    pub(super) packet: Packet,
+    service_port: ServicePortKey,
+    endpoint: SocketAddr,
+    source: Source,
+}
+
+/// What may become of a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Expected {
+    /// This.
+    Exactly(Answer),
+    /// It goes on to that endpoint as before (the source address may be either), or to another one, if the second part
+    /// is there.
+    Stays { endpoint: SocketAddr, sources: Vec<Source>, or: Option<Answer> },
+}
+
+impl Memory {
+    /// What must become of the first packet of a connection, given what its client did before.
+    pub(super) fn first(&self, oracle: &Oracle, packet: &Packet) -> Answer {
+        let answer = oracle.answer(packet);
+        let (Answer::Translated(choices), Some(service_port)) = (&answer, oracle.service_port(packet)) else {
+            return answer;
+        };
+        if !oracle.has_affinity(service_port) {
+            return answer;
+        }
+        let bound = self.affinity.get(&(packet.source.ip(), service_port.clone()));
+        match bound.and_then(|endpoint| choices.get_key_value(endpoint)) {
+            Some((endpoint, source)) => Answer::Translated(BTreeMap::from([(*endpoint, *source)])),
+            // Not bound, or to an endpoint that this packet can't reach: a fresh choice.
+            None => answer,
+        }
+    }
+
+    /// What may become of a datagram that repeats one of before.
+    pub(super) fn again(&self, oracle: &Oracle, datagram: &Datagram) -> Expected {
+        let Datagram { packet, service_port, endpoint, source } = datagram;
+        let first = self.first(oracle, packet);
+        if oracle.service_port(packet) != Some(service_port) || !oracle.is_serving(service_port, *endpoint) {
+            return Expected::Exactly(first);
+        }
+        let mut sources = vec![*source];
+        if let Answer::Translated(choices) = &first {
+            sources.extend(choices.get(endpoint));
+        }
+        // An endpoint that new connections can't reach may finish what it has; the rules don't say that it must.
+        let or = (!oracle.is_usable(service_port, *endpoint)).then_some(first);
+        Expected::Stays { endpoint: *endpoint, sources, or }
+    }
+
+    /// A connection began.
+    pub(super) fn began(&mut self, oracle: &Oracle, packet: &Packet, endpoint: SocketAddr, source: Source) {
+        let Some(service_port) = oracle.service_port(packet) else { return };
+        if oracle.has_affinity(service_port) {
+            self.affinity.insert((packet.source.ip(), service_port.clone()), endpoint);
+        }
+        if packet.protocol == Protocol::Udp {
+            let (packet, service_port) = (packet.clone(), service_port.clone());
+            self.datagrams.push(Datagram { packet, service_port, endpoint, source });
+        }
+    }
+
+    /// The cluster changed. What the rules no longer bind is forgotten: it may be remembered, but need not.
+    pub(super) fn changed(&mut self, oracle: &Oracle) {
+        self.affinity.retain(|(_, service_port), endpoint| {
+            oracle.has_affinity(service_port) && oracle.is_usable(service_port, *endpoint)
+        });
+    }
+
+    /// Takes the datagrams of the time since the last call.
+    pub(super) fn take_datagrams(&mut self) -> Vec<Datagram> {
+        std::mem::take(&mut self.datagrams)
+    }
+}

@@ -1,0 +1,327 @@
+//! Sheave on a node of its own: objects take the way that they take in `sheave run`, from JSON through conversion, model
+//! and plan into pinned maps, and packets go through the programs on those maps.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
+
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::discovery::v1 as discovery;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use sheave::config::{ConnectMode, MapSizes, NodePortAddresses, RunConfig, SourceConfig, XdpMode};
+use sheave::dataplane::{self, Applied, Dataplane};
+use sheave::interfaces::{Interface, Role};
+use sheave::model::desired::{ServiceKey, ServicePort, ServicePortName};
+use sheave::model::objects::SliceKey;
+use sheave::model::{Change as ModelChange, Model, ModelOptions};
+use sheave_common::flow::Flow;
+use sheave_common::{Ipv4Address, PROTOCOL_ICMP, PROTOCOL_ICMPV6, names};
+
+use super::answer::{Edge, Packet, Protocol, Refusal, Source};
+use super::cluster::{NodePorts, Options, THIS_NODE};
+use super::generate::node_ip;
+use super::mutate::Change;
+use crate::leftovers::unique_name;
+use crate::netns::Namespace;
+use crate::packet::{self, NODE_MAC, RST, SYN, View};
+use crate::program::{DROP, NEXT, Outcome, Programs, REDIRECT, SkbContext, XDP_PASS, XDP_TX};
+
+/// Source ports of SNAT.
+const SNAT_PORTS: (u16, u16) = (10_000, 19_999);
+
+/// What the programs did with a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Seen {
+    /// Passed, with not a bit changed.
+    Untouched,
+    /// Dropped.
+    Dropped,
+    /// Answered in the name of what it asked.
+    Refused(Refusal),
+    /// Sent on.
+    Translated { to: SocketAddr, source: Source },
+    /// Something that no packet should meet.
+    Odd(String),
+}
+
+/// A node with Sheave. Everything it made goes with it.
+pub(super) struct Sheave {
+    config: RunConfig,
+    dataplane: Option<Dataplane>,
+    programs: Programs,
+    model: Model,
+    known: BTreeMap<ServiceKey, BTreeSet<ServicePortName>>,
+    uplink: u32,
+    pod: u32,
+}
+
+/// Makes the interfaces of a node in a namespace: an uplink whose router knows the way to everything, and a pod's.
+pub(super) fn make_node(namespace: &Namespace) {
+    namespace
+        .ip(&[
+            "link add up0 address 02:00:00:00:00:02 type veth peer name wire0",
+            "link add pod0 address 02:00:00:00:00:02 type veth peer name eth0",
+            "link set up0 up",
+            "link set wire0 up",
+            "link set pod0 up",
+            "link set eth0 up",
+            "address add 192.0.2.1/24 dev up0",
+            "address add fd00:c0:0:2::1/64 dev up0 nodad",
+            "neighbour add 192.0.2.254 lladdr 02:00:00:00:00:09 dev up0 nud permanent",
+            "neighbour add fd00:c0:0:2::fe lladdr 02:00:00:00:00:09 dev up0 nud permanent",
+            "neighbour add 192.0.2.2 lladdr 02:00:00:00:00:09 dev up0 nud permanent",
+            "neighbour add 192.0.2.3 lladdr 02:00:00:00:00:09 dev up0 nud permanent",
+            "neighbour add fd00:c0:0:2::2 lladdr 02:00:00:00:00:09 dev up0 nud permanent",
+            "neighbour add fd00:c0:0:2::3 lladdr 02:00:00:00:00:09 dev up0 nud permanent",
+            "route add default via 192.0.2.254",
+            "route add default via fd00:c0:0:2::fe",
+        ])
+        .expect("interfaces of a node");
+    namespace.sysctl("ipv4/ip_forward", "1").expect("forwarding");
+    namespace.sysctl("ipv6/conf/all/forwarding", "1").expect("forwarding");
+}
+
+impl Sheave {
+    /// Starts on [`make_node`]'s interfaces, in the calling thread's namespace, with nothing to do.
+    pub(super) fn start(options: &Options) -> Self {
+        let config = config(options);
+        let dataplane = Dataplane::open(&config).expect("the dataplane opens");
+        let programs = Programs::load_pinned(&config.pin_path).expect("the programs load on the same maps");
+        let mut model = Model::new(ModelOptions {
+            node_name: config.node_name.clone(),
+            external_ips: config.external_ips,
+            nodeport_addresses: config.nodeport_addresses.clone(),
+        });
+        model.set_node_addresses(options.addresses.clone());
+        let (uplink, pod) = (index("up0"), index("pod0"));
+        let known = BTreeMap::new();
+        let mut sheave = Self { config, dataplane: Some(dataplane), programs, model, known, uplink, pod };
+        sheave.attach();
+        sheave
+    }
+
+    fn dataplane(&mut self) -> &mut Dataplane {
+        self.dataplane.as_mut().expect("it is open between calls")
+    }
+
+    fn attach(&mut self) {
+        for (name, index, role) in [("up0", self.uplink, Role::Uplink), ("pod0", self.pod, Role::Pod)] {
+            let interface = Interface {
+                index,
+                name: name.to_owned(),
+                role,
+                ethernet: true,
+                physical: false,
+                source4: Some(Ipv4Addr::new(192, 0, 2, 1)),
+                source6: Some(UPLINK6),
+            };
+            self.dataplane().attach(&interface).expect("programs attach");
+        }
+    }
+
+    /// Takes changes in, as one pass of the controller does.
+    pub(super) fn apply(&mut self, changes: &[Change]) {
+        let mut dirty = BTreeSet::new();
+        for change in changes {
+            dirty.extend(self.model.apply(read(change)));
+        }
+        let mut changed = BTreeMap::new();
+        for key in dirty {
+            let desired = self.model.desired(&key);
+            let before = self.known.insert(key, desired.keys().cloned().collect()).unwrap_or_default();
+            changed.extend(before.into_iter().map(|name| (name, None)));
+            changed.extend(desired.into_iter().map(|(name, port)| (name, Some(port))));
+        }
+        let applied = self.dataplane().apply(changed);
+        expect_applied(&applied);
+        self.dataplane().sweep().expect("flows are swept");
+    }
+
+    /// Lets a grace period pass, and frees what was given up before it.
+    pub(super) fn reclaim(&mut self) {
+        if let Some(grace) = self.dataplane().begin_grace() {
+            dataplane::grace_period();
+            let applied = self.dataplane().reclaim(grace).expect("reclaimed");
+            expect_applied(&applied);
+        }
+    }
+
+    /// Restarts the daemon. Nothing has changed meanwhile, so there is nothing to write.
+    pub(super) fn restart(&mut self) {
+        self.reclaim();
+        self.dataplane = None;
+        self.dataplane = Some(Dataplane::open(&self.config).expect("the dataplane opens again"));
+        self.attach();
+        let desired: BTreeMap<ServicePortName, ServicePort> =
+            self.model.services().flat_map(|key| self.model.desired(key)).collect();
+        let applied = self.dataplane().apply_all(desired);
+        expect_applied(&applied);
+        assert_eq!(applied.written, 0, "a restart without changes writes nothing");
+    }
+
+    /// Forgets every flow, as if all time-outs had passed.
+    pub(super) fn forget_flows(&mut self) {
+        for map in [names::CONNTRACK4, names::HALF_OPEN4] {
+            let flows = self.programs.flows(map).expect("flows");
+            let mut map = self.programs.hash::<_, Flow<Ipv4Address>>(map).expect("a map of flows");
+            for key in flows.into_keys() {
+                map.remove(&key).expect("removed");
+            }
+        }
+    }
+
+    /// Sends a packet. At the uplink, XDP sees it first if `xdp` says so.
+    pub(super) fn send(&mut self, packet: &Packet, xdp: bool) -> Seen {
+        let frame = frame(packet);
+        let (program, ifindex) = match packet.edge {
+            Edge::Pod => ("pod_ingress", self.pod),
+            Edge::Uplink => ("uplink_ingress", self.uplink),
+        };
+        let by_xdp = (xdp && packet.edge == Edge::Uplink)
+            .then(|| self.programs.xdp(&frame, ifindex).expect("XDP runs"))
+            .filter(|outcome| (outcome.action, &outcome.packet) != (XDP_PASS, &frame));
+        let context = SkbContext { ifindex, ..SkbContext::default() };
+        let by_tc = interpret(packet, &frame, &self.programs.tc(program, &frame, context).expect("tc runs"));
+        let Some(by_xdp) = by_xdp else { return by_tc };
+        if by_xdp.action != XDP_TX {
+            return Seen::Odd(format!("XDP: {by_xdp:?}"));
+        }
+        // XDP finished it. tc finds the same flow.
+        let redirected = Outcome { action: REDIRECT, packet: by_xdp.packet };
+        let seen = interpret(packet, &frame, &redirected);
+        if seen == by_tc { seen } else { Seen::Odd(format!("XDP: {seen:?}, then tc: {by_tc:?}")) }
+    }
+}
+
+impl Drop for Sheave {
+    fn drop(&mut self) {
+        self.dataplane = None;
+        if let Err(error) = dataplane::cleanup(&self.config.pin_path) {
+            eprintln!("cleanup: {error}");
+        }
+    }
+}
+
+/// 192.0.2.1's sister, as the generator numbers addresses.
+const UPLINK6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xc0, 0, 2, 0, 0, 0, 1);
+
+fn config(options: &Options) -> RunConfig {
+    let mut config = RunConfig::new(SourceConfig::Manifests("/nonexistent".into()), THIS_NODE.to_owned());
+    config.pin_path = Path::new("/sys/fs/bpf").join(unique_name());
+    config.connect = ConnectMode::Off;
+    config.xdp = XdpMode::Native;
+    config.external_ips = options.external_ips;
+    config.nodeport_addresses = match options.node_ports {
+        NodePorts::Primary => NodePortAddresses::Primary,
+        NodePorts::All => NodePortAddresses::All,
+        NodePorts::Network(network, length) => NodePortAddresses::Networks(vec![(network, length)]),
+    };
+    // However long a slow machine takes, no flow times out and no refusal is held back.
+    config.timeouts.syn = 86_400;
+    config.timeouts.udp_new = 86_400;
+    config.rejects_per_second = u32::MAX;
+    config.snat_ports = SNAT_PORTS;
+    config.sizes = MapSizes {
+        services: 512,
+        frontends: 4_096,
+        backends: 8_192,
+        table: 16_384,
+        conntrack: 65_536,
+        half_open: 65_536,
+        affinity: 131_072,
+        sockets: 64,
+        ..MapSizes::default()
+    };
+    config
+}
+
+fn index(name: &str) -> u32 {
+    let name = std::ffi::CString::new(name).expect("no NUL");
+    // SAFETY: the name is a C string.
+    unsafe { libc::if_nametoindex(name.as_ptr()) }
+}
+
+fn expect_applied(applied: &Applied) {
+    assert!(applied.failed.is_empty() && applied.other.is_none(), "{applied:?}");
+}
+
+/// An object as it comes from an API server.
+fn through_json<T: Serialize + DeserializeOwned>(object: &T) -> T {
+    let text = serde_json::to_string(object).expect("an object is JSON");
+    serde_json::from_str(&text).expect("and JSON an object")
+}
+
+fn read(change: &Change) -> ModelChange {
+    fn split(key: &str) -> (String, String) {
+        let (namespace, name) = key.split_once('/').expect("namespace/name");
+        (namespace.to_owned(), name.to_owned())
+    }
+    match change {
+        Change::Service(_, Some(object)) => ModelChange::Service((&through_json::<core::Service>(object)).into()),
+        Change::Service(key, None) => {
+            let (namespace, name) = split(key);
+            ModelChange::ServiceGone(ServiceKey { namespace, name })
+        }
+        Change::Slice(_, Some(object)) => {
+            ModelChange::Slice((&through_json::<discovery::EndpointSlice>(object)).into())
+        }
+        Change::Slice(key, None) => {
+            let (namespace, name) = split(key);
+            ModelChange::SliceGone(SliceKey { namespace, name })
+        }
+        Change::Node(_, Some(object)) => ModelChange::Node((&through_json::<core::Node>(object)).into()),
+        Change::Node(name, None) => {
+            assert_eq!(name, THIS_NODE, "sources report no other node");
+            ModelChange::NodeGone
+        }
+    }
+}
+
+fn frame(packet: &Packet) -> Vec<u8> {
+    let (source, destination) = (packet.source.to_string(), packet.destination.to_string());
+    let built = match packet.protocol {
+        Protocol::Tcp => packet::Packet::tcp(&source, &destination, SYN),
+        Protocol::Udp => packet::Packet::udp(&source, &destination),
+        Protocol::Sctp => unreachable!("not sent"),
+    };
+    built.to_mac(NODE_MAC).build().to_vec()
+}
+
+fn interpret(packet: &Packet, frame: &[u8], outcome: &Outcome) -> Seen {
+    match outcome.action {
+        NEXT if outcome.packet == frame => return Seen::Untouched,
+        DROP => return Seen::Dropped,
+        NEXT | REDIRECT => {}
+        _ => return Seen::Odd(format!("{outcome:?}")),
+    }
+    let view = View(&outcome.packet);
+    view.assert_checksums();
+    let redirected = outcome.action == REDIRECT;
+    if matches!(view.protocol(), PROTOCOL_ICMP | PROTOCOL_ICMPV6) {
+        let port_unreachable = if packet.destination.is_ipv6() { (1, 4) } else { (3, 3) };
+        let ours = redirected
+            && view.addresses() == (packet.destination.ip(), packet.source.ip())
+            && view.icmp() == port_unreachable
+            && view.quoted_tuple() == format!("{} → {}", packet.source, packet.destination);
+        return if ours { Seen::Refused(Refusal::PortUnreachable) } else { Seen::Odd(format!("{outcome:?}")) };
+    }
+    let (source, to) = (view.source(), view.destination());
+    if packet.protocol == Protocol::Tcp && view.tcp_flags() & RST != 0 {
+        let ours = redirected && (source, to) == (packet.destination, packet.source);
+        return if ours { Seen::Refused(Refusal::Reset) } else { Seen::Odd(format!("{outcome:?}")) };
+    }
+    let node = node_ip(source.is_ipv6(), 1);
+    let hairpin = if source.is_ipv6() { HAIRPIN6.into() } else { IpAddr::from(HAIRPIN4) };
+    let source = match redirected {
+        false if source == packet.source => Source::Kept,
+        true if source.ip() == node && (SNAT_PORTS.0..=SNAT_PORTS.1).contains(&source.port()) => Source::Snat,
+        true if source.ip() == hairpin && source.port() == packet.source.port() => Source::Hairpin,
+        _ => return Seen::Odd(format!("{source} → {to}, redirected: {redirected}")),
+    };
+    Seen::Translated { to, source }
+}
+
+/// What stands for a client that is its own backend, by default.
+const HAIRPIN4: Ipv4Addr = Ipv4Addr::new(169, 254, 42, 1);
+const HAIRPIN6: Ipv6Addr = Ipv6Addr::new(0xfd53, 0x6865, 0x6176, 0x6500, 0, 0, 0, 1);
