@@ -19,6 +19,7 @@ use crate::config::RunConfig;
 use crate::dataplane::{self, Applied, Dataplane, DataplaneError};
 use crate::interfaces::{self, Event, Interface, InterfaceError};
 use crate::model::desired::{ServiceKey, ServicePort, ServicePortName};
+use crate::model::network::Network;
 use crate::model::{Change, Model, ModelOptions};
 use crate::plan::Grace;
 use crate::serve::{self, Arrival, Status};
@@ -142,6 +143,10 @@ struct Controller {
     dirty: BTreeSet<ServiceKey>,
     /// Service ports of each Service that the dataplane was told of.
     ports: BTreeMap<ServiceKey, BTreeSet<ServicePortName>>,
+    /// The ServiceCIDRs that the dataplane was told of.
+    service_cidrs: Option<BTreeSet<Network>>,
+    /// Why it could not make them so, as it was logged.
+    service_cidrs_failure: Option<String>,
     interfaces: BTreeMap<u32, Interface>,
     /// Interfaces that programs could not be put on.
     unattached: BTreeSet<u32>,
@@ -176,6 +181,8 @@ impl Controller {
             settled: false,
             dirty: BTreeSet::new(),
             ports: BTreeMap::new(),
+            service_cidrs: None,
+            service_cidrs_failure: None,
             interfaces: BTreeMap::new(),
             unattached: BTreeSet::new(),
             failures: BTreeMap::new(),
@@ -276,7 +283,12 @@ impl Controller {
     }
 
     fn has_changes(&self) -> bool {
-        !self.settled || !self.dirty.is_empty()
+        !self.settled || !self.dirty.is_empty() || self.has_new_service_cidrs()
+    }
+
+    /// A source may learn later than everything else which ServiceCIDRs there are: until then, what the kernel knows stays.
+    fn has_new_service_cidrs(&self) -> bool {
+        self.model.service_cidrs().is_some_and(|networks| self.service_cidrs.as_ref() != Some(&networks))
     }
 
     fn pass(&mut self) {
@@ -330,6 +342,7 @@ impl Controller {
         debug!(services = dirty.len(), writes = applied.written, elapsed = ?started.elapsed(), "applied");
         let written = applied.written;
         self.report(applied);
+        self.tell_service_cidrs();
         self.status.passed(&self.model, dirty.iter(), started.elapsed(), written);
         if !self.dataplane.is_unfinished() {
             self.status.applied();
@@ -337,6 +350,27 @@ impl Controller {
         if first {
             info!(services = self.ports.len(), interfaces = self.interfaces.len(), writes = written, "ready");
         }
+    }
+
+    fn tell_service_cidrs(&mut self) {
+        if self.service_cidrs_failure.is_none() && !self.has_new_service_cidrs() {
+            return;
+        }
+        let Some(networks) = self.model.service_cidrs() else { return };
+        match self.dataplane.set_service_cidrs(&networks) {
+            Ok(()) => {
+                debug!(networks = networks.len(), "told the programs where ClusterIPs come from");
+                self.service_cidrs_failure = None;
+            }
+            Err(error) => {
+                let text = chain(&error);
+                if self.service_cidrs_failure.as_ref() != Some(&text) {
+                    error!(error = text, "cannot tell the programs the ServiceCIDRs; will try again");
+                }
+                self.service_cidrs_failure = Some(text);
+            }
+        }
+        self.service_cidrs = Some(networks);
     }
 
     /// What the dataplane has to be told of a Service that may have changed.
@@ -381,7 +415,7 @@ impl Controller {
     }
 
     fn schedule_retry(&mut self, retried: bool) {
-        if !self.dataplane.is_unfinished() && self.unattached.is_empty() {
+        if !self.dataplane.is_unfinished() && self.unattached.is_empty() && self.service_cidrs_failure.is_none() {
             (self.retry, self.retry_delay) = (None, FIRST_RETRY);
         } else if self.retry.is_none() {
             if retried {

@@ -8,6 +8,7 @@ use sheave_common::config::Config;
 use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::frontend::{Frontend, FrontendKey};
 use sheave_common::interface::Interface;
+use sheave_common::prefix::{Prefix, SourceRange};
 use sheave_common::service_name::ServiceName;
 use sheave_common::{Address, Ipv4Address, Ipv6Address, names};
 
@@ -22,6 +23,8 @@ pub(super) struct FamilyMaps<A: Address> {
     pub(super) conntrack: Map<FlowKey<A>, Flow<A>>,
     pub(super) half_open: Map<FlowKey<A>, Flow<A>>,
     pub(super) affinity: Map<AffinityKey<A>, Affinity>,
+    pub(super) source_ranges: Map<Prefix<SourceRange<A>>, u32>,
+    pub(super) service_cidrs: Map<Prefix<A>, u32>,
 }
 
 /// All of them.
@@ -46,6 +49,8 @@ impl Maps {
                 conntrack: Map::open(directory, names::CONNTRACK4, read_only)?,
                 half_open: Map::open(directory, names::HALF_OPEN4, read_only)?,
                 affinity: Map::open(directory, names::AFFINITY4, read_only)?,
+                source_ranges: Map::open(directory, names::SOURCE_RANGES4, read_only)?,
+                service_cidrs: Map::open(directory, names::SERVICE_CIDRS4, read_only)?,
             },
             v6: FamilyMaps {
                 frontends: Map::open(directory, names::FRONTENDS6, read_only)?,
@@ -53,6 +58,8 @@ impl Maps {
                 conntrack: Map::open(directory, names::CONNTRACK6, read_only)?,
                 half_open: Map::open(directory, names::HALF_OPEN6, read_only)?,
                 affinity: Map::open(directory, names::AFFINITY6, read_only)?,
+                source_ranges: Map::open(directory, names::SOURCE_RANGES6, read_only)?,
+                service_cidrs: Map::open(directory, names::SERVICE_CIDRS6, read_only)?,
             },
             backend_table: Map::open(directory, names::BACKEND_TABLE, read_only)?,
             interfaces: Map::open(directory, names::INTERFACES, read_only)?,

@@ -10,6 +10,7 @@ mod error;
 mod links;
 mod map;
 mod maps;
+mod networks;
 mod pins;
 mod programs;
 mod settings;
@@ -37,6 +38,7 @@ pub use views::PinnedMaps;
 use crate::config::{ConnectMode, RunConfig, XdpMode};
 use crate::interfaces::{Interface, Role};
 use crate::model::desired::{ServicePort, ServicePortName};
+use crate::model::network::Network;
 use crate::plan::{Batch, Grace, Outcome, Planner};
 use links::Links;
 use maps::Maps;
@@ -263,6 +265,15 @@ impl Dataplane {
     ) -> Result<(), DataplaneError> {
         let config = settings::with_node(*self.writer.config(), node4, node6);
         Ok(self.writer.set_config(config)?)
+    }
+
+    /// Tells the programs where ClusterIPs come from: what goes to an address there that no Service has is dropped.
+    ///
+    /// # Errors
+    ///
+    /// If a read or write fails; some of the networks may be known then.
+    pub fn set_service_cidrs(&mut self, networks: &BTreeSet<Network>) -> Result<(), DataplaneError> {
+        Ok(self.writer.set_service_cidrs(networks)?)
     }
 
     /// Map writes since [`Self::open`]: 0 after a restart that found everything as desired.

@@ -9,7 +9,7 @@ use super::error::DataplaneError;
 use super::syscall;
 use crate::config::{ConnectMode, RunConfig};
 
-/// This element with the settings that were asked for; ids, version and node addresses stay.
+/// This element with the settings that were asked for; ids, version, node addresses and what is known of ServiceCIDRs stay.
 pub(super) fn element(old: Option<Config>, run: &RunConfig) -> Result<Config, DataplaneError> {
     let cookie = syscall::netns_cookie().map_err(DataplaneError::NetnsCookie)?;
     let connect = match run.connect {
@@ -27,7 +27,8 @@ pub(super) fn element(old: Option<Config>, run: &RunConfig) -> Result<Config, Da
         next_service_id: old.map_or(0, |old| old.next_service_id),
         flags: connect
             | flag(cookie.is_none() && connect != 0, flags::CONNECT_INIT_NETNS)
-            | flag(run.drain_foreign, flags::DRAIN_FOREIGN),
+            | flag(run.drain_foreign, flags::DRAIN_FOREIGN)
+            | old.map_or(0, |old| old.flags & (flags::SERVICE_CIDRS4 | flags::SERVICE_CIDRS6)),
         timeouts: run.timeouts,
         snat_port_first: run.snat_ports.0,
         snat_port_last: run.snat_ports.1,

@@ -1,6 +1,6 @@
 //! Read-only access to the pinned maps: what the command line shows, with or without a daemon.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use sheave_common::affinity::{Affinity, AffinityKey};
@@ -16,6 +16,8 @@ use sheave_common::{DropReason, Ipv4Address, Ipv6Address, names};
 use super::error::MapError;
 use super::map::Map;
 use super::maps::Maps;
+use super::networks;
+use crate::model::network::Network;
 
 /// The maps pinned in a directory, opened for reading. Every dump is a list of elements in no particular order.
 #[derive(Debug)]
@@ -100,6 +102,28 @@ impl PinnedMaps {
     /// If the kernel refuses.
     pub fn backend_table(&self) -> Result<Vec<u32>, MapError> {
         table(&self.maps)
+    }
+
+    /// `source_ranges4` and `source_ranges6`: service id → clients that its guarded frontends let in.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn source_ranges(&self) -> Result<BTreeMap<u32, BTreeSet<Network>>, MapError> {
+        let mut ranges: BTreeMap<u32, BTreeSet<Network>> = BTreeMap::new();
+        for (service_id, network) in networks::source_ranges(&self.maps)? {
+            ranges.entry(service_id).or_default().insert(network);
+        }
+        Ok(ranges)
+    }
+
+    /// `service_cidrs4` and `service_cidrs6`.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn service_cidrs(&self) -> Result<BTreeSet<Network>, MapError> {
+        networks::service_cidrs(&self.maps)
     }
 
     /// `service_counters`, summed over the CPUs; without those that are zero.

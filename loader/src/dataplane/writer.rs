@@ -1,8 +1,9 @@
 //! Makes the plan's writes: turns them into map elements, gives each frontend and backend its version, and counts.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
-use sheave_common::config::Config;
+use sheave_common::config::{Config, flags};
 use sheave_common::frontend::{self, FrontendKey};
 use sheave_common::interface::Interface;
 use sheave_common::service_name::ServiceName;
@@ -10,8 +11,9 @@ use sheave_common::{Address, Ipv4Address, Ipv6Address, backend};
 
 use super::error::MapError;
 use super::maps::Maps;
-use super::views;
+use super::{networks, views};
 use crate::model::desired::{Protocol, ServiceKey, ServicePortName};
+use crate::model::network::Network;
 use crate::plan::{Backend, Dump, Frontend, FrontendAddress, Write};
 
 /// Versions that are reserved at once.
@@ -77,6 +79,27 @@ impl Writer {
         Ok(())
     }
 
+    /// Makes `service_cidrs4/6` hold exactly these networks. The programs look into a map only while `config` says that it
+    /// is not empty: so filled before, and emptied after.
+    pub(super) fn set_service_cidrs(&mut self, wanted: &BTreeSet<Network>) -> Result<(), MapError> {
+        let known = networks::service_cidrs(&self.maps)?;
+        for network in wanted.difference(&known) {
+            networks::put_service_cidr(&self.maps, network)?;
+            self.writes += 1;
+        }
+        let flag = |ipv4: bool, flag: u32| {
+            if wanted.iter().any(|network| network.address().is_ipv4() == ipv4) { flag } else { 0 }
+        };
+        let both = flags::SERVICE_CIDRS4 | flags::SERVICE_CIDRS6;
+        let now = flag(true, flags::SERVICE_CIDRS4) | flag(false, flags::SERVICE_CIDRS6);
+        self.set_config(Config { flags: self.config.flags & !both | now, ..self.config })?;
+        for network in known.difference(wanted) {
+            networks::delete_service_cidr(&self.maps, network)?;
+            self.writes += 1;
+        }
+        Ok(())
+    }
+
     /// Makes one of the plan's writes.
     pub(super) fn write(&mut self, write: &Write) -> Result<(), MapError> {
         match write {
@@ -101,6 +124,12 @@ impl Writer {
             Write::WriteRun { first, ids } => {
                 let elements: Vec<(u32, u32)> = (*first..).zip(ids.iter().copied()).collect();
                 self.maps.backend_table.put_all(&elements)?;
+            }
+            Write::PutSourceRange { service_id, network } => {
+                networks::put_source_range(&self.maps, *service_id, network)?;
+            }
+            Write::DeleteSourceRange { service_id, network } => {
+                networks::delete_source_range(&self.maps, *service_id, network)?;
             }
             Write::PutFrontend { address, frontend } => {
                 let value = frontend_value(frontend, self.version()?);
@@ -146,6 +175,7 @@ impl Writer {
             frontends,
             backends,
             names: names.iter().map(|(id, name)| (*id, parse(name))).collect(),
+            source_ranges: networks::source_ranges(maps)?,
             table: views::table(maps)?,
             next_backend_id: self.config.next_backend_id,
             next_service_id: self.config.next_service_id,

@@ -1,9 +1,11 @@
 //! What a service port should look like in the kernel. The border between `model`, which makes these values, and
 //! `plan`, which turns them into map writes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+
+use super::network::Network;
 
 /// Transport protocol of a service port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -85,6 +87,8 @@ pub struct ServicePort {
     /// Frontends: address and port (machine order) → bits of [`sheave_common::frontend::flags`], of both families.
     /// One that carries `CLUSTER_IP` implies the mark on the whole address.
     pub frontends: BTreeMap<SocketAddr, u32>,
+    /// Who may use the frontends that carry `SOURCE_RANGES`; empty if none does.
+    pub source_ranges: BTreeSet<Network>,
     /// Session affinity time-out in seconds, 0 for none.
     pub affinity_seconds: u32,
     /// Endpoints for IPv4 frontends.

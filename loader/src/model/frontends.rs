@@ -31,6 +31,7 @@ pub(super) fn of_service(service: &Service, external_ips: bool, node: &BTreeSet<
 fn of_port(service: &Service, port: &Port, external_ips: bool, node: &BTreeSet<IpAddr>) -> Frontends {
     let internal = if service.internal_local { flags::INTERNAL_LOCAL | flags::EXTERNAL_LOCAL } else { 0 };
     let external = if service.external_local { flags::EXTERNAL_LOCAL } else { 0 };
+    let guard = if service.source_ranges.is_some() { flags::SOURCE_RANGES } else { 0 };
     let mut frontends = Frontends::new();
     let mut add = |address: IpAddr, port: u16, bits: u32| {
         if service.has_family(Family::of(address)) {
@@ -46,9 +47,11 @@ fn of_port(service: &Service, port: &Port, external_ips: bool, node: &BTreeSet<I
             add(*address, port.port, flags::EXTERNAL_IP | external);
         }
     }
+    // The ranges guard an address and port once it is a load-balancer IP's, also where it is an external IP's or a node's
+    // as well: kube-proxy's check knows the destination alone.
     if service.service_type == ServiceType::LoadBalancer {
         for address in &service.load_balancer_ips {
-            add(*address, port.port, flags::LOAD_BALANCER | external);
+            add(*address, port.port, flags::LOAD_BALANCER | guard | external);
         }
     }
     if matches!(service.service_type, ServiceType::NodePort | ServiceType::LoadBalancer)

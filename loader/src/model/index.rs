@@ -5,12 +5,15 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
+use sheave_common::frontend::flags;
+
 use super::claims::{Claim, Claimant, Claims};
 use super::desired::{EndpointSets, ServiceKey, ServicePort, ServicePortName};
 use super::endpoints;
 use super::frontends::{self, Frontends};
 use super::health_check::{self, HealthCheck};
-use super::objects::{EndpointSlice, Family, Node, Problem, Service, SliceKey};
+use super::network::Network;
+use super::objects::{EndpointSlice, Family, Node, Problem, Service, ServiceCidr, SliceKey};
 use super::topology::Topology;
 use crate::config::NodePortAddresses;
 
@@ -44,6 +47,12 @@ pub enum Change {
     Node(Node),
     /// This node's object went away.
     NodeGone,
+    /// A ServiceCIDR appeared or changed.
+    ServiceCidr(ServiceCidr),
+    /// The ServiceCIDR of this name went away.
+    ServiceCidrGone(String),
+    /// These are all ServiceCIDRs there are, or may be read: any other one is gone.
+    ServiceCidrsReplaced(Vec<ServiceCidr>),
 }
 
 /// A Service and what it asks for.
@@ -75,6 +84,8 @@ pub struct Model {
     slices_of: HashMap<ServiceKey, BTreeSet<SliceKey>>,
     claims: Claims,
     node: Option<Node>,
+    /// `None` as long as nobody has said which there are.
+    service_cidrs: Option<BTreeMap<String, ServiceCidr>>,
     topology: Topology,
     /// Addresses of this machine's interfaces.
     local_addresses: BTreeSet<IpAddr>,
@@ -95,6 +106,7 @@ impl Model {
             slices_of: HashMap::new(),
             claims: Claims::default(),
             node: None,
+            service_cidrs: None,
             topology,
             local_addresses: BTreeSet::new(),
             node_addresses: BTreeSet::new(),
@@ -115,6 +127,9 @@ impl Model {
             Change::Node(node) if node.name == self.options.node_name => self.set_node(Some(node), &mut dirty),
             Change::Node(_) => {}
             Change::NodeGone => self.set_node(None, &mut dirty),
+            Change::ServiceCidr(cidr) => self.put_service_cidr(cidr),
+            Change::ServiceCidrGone(name) => drop(self.service_cidrs.as_mut().and_then(|cidrs| cidrs.remove(&name))),
+            Change::ServiceCidrsReplaced(cidrs) => self.replace_service_cidrs(cidrs),
         }
         dirty
     }
@@ -155,7 +170,9 @@ impl Model {
             let name = ServicePortName { service: key.clone(), port: port.name.clone(), protocol: port.protocol };
             let affinity_seconds = service.affinity_seconds;
             let (endpoints4, endpoints6) = (endpoints(Family::V4), endpoints(Family::V6));
-            ports.insert(name, ServicePort { frontends, affinity_seconds, endpoints4, endpoints6 });
+            let guarded = frontends.values().any(|bits| bits & flags::SOURCE_RANGES != 0);
+            let source_ranges = service.source_ranges.clone().filter(|_| guarded).unwrap_or_default();
+            ports.insert(name, ServicePort { frontends, source_ranges, affinity_seconds, endpoints4, endpoints6 });
         }
         ports
     }
@@ -177,6 +194,13 @@ impl Model {
     #[must_use]
     pub const fn node(&self) -> Option<&Node> {
         self.node.as_ref()
+    }
+
+    /// The networks that ClusterIPs come from; `None` as long as nobody has said which there are.
+    #[must_use]
+    pub fn service_cidrs(&self) -> Option<BTreeSet<Network>> {
+        let cidrs = self.service_cidrs.as_ref()?;
+        Some(cidrs.values().flat_map(|cidr| &cidr.networks).copied().collect())
     }
 
     /// Fields of objects that had to be skipped because they could not be read, since the start.
@@ -302,6 +326,21 @@ impl Model {
         }
         self.node = node;
         self.update_node_addresses(dirty);
+    }
+
+    fn put_service_cidr(&mut self, cidr: ServiceCidr) {
+        let cidrs = self.service_cidrs.get_or_insert_default();
+        let known = cidrs.get(&cidr.name).map_or(&[][..], |old| &old.problems);
+        self.problems += log_problems("ServiceCIDR", &cidr.name, known, &cidr.problems);
+        cidrs.insert(cidr.name.clone(), cidr);
+    }
+
+    fn replace_service_cidrs(&mut self, cidrs: Vec<ServiceCidr>) {
+        let listed: BTreeSet<String> = cidrs.iter().map(|cidr| cidr.name.clone()).collect();
+        self.service_cidrs.get_or_insert_default().retain(|name, _| listed.contains(name));
+        for cidr in cidrs {
+            self.put_service_cidr(cidr);
+        }
     }
 
     fn update_node_addresses(&mut self, dirty: &mut BTreeSet<ServiceKey>) {

@@ -2,7 +2,8 @@
 //!
 //! Nothing here knows of tokio, kube's client or aya. `source::convert` makes the [`objects`] from Kubernetes' own
 //! types; [`index`] holds them and says which Services a change touches; [`frontends`], [`endpoints`],
-//! [`topology`] and [`health_check`] are the rules; [`desired`] and [`HealthCheck`] are what comes out.
+//! [`topology`] and [`health_check`] are the rules; [`desired`] and [`HealthCheck`] are what comes out, with [`network`]s
+//! where clients or addresses are many.
 
 mod claims;
 pub mod desired;
@@ -10,6 +11,7 @@ mod endpoints;
 mod frontends;
 mod health_check;
 mod index;
+pub mod network;
 pub mod objects;
 mod topology;
 

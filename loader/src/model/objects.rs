@@ -2,11 +2,13 @@
 //!
 //! A field that could not be read is left out and named in `problems`; the rest of the object counts.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 use std::time::SystemTime;
 
 use super::desired::{Protocol, ServiceKey};
+use super::network::Network;
 
 /// A field of an object that had to be skipped.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -74,6 +76,9 @@ pub struct Service {
     pub external_ips: Vec<IpAddr>,
     /// status.loadBalancer.ingress[].ip of those whose ipMode is absent or VIP.
     pub load_balancer_ips: Vec<IpAddr>,
+    /// spec.loadBalancerSourceRanges, those that could be read: who may use the load-balancer IPs. `None` if the list is
+    /// empty and everybody may.
+    pub source_ranges: Option<BTreeSet<Network>>,
     /// spec.ports
     pub ports: Vec<Port>,
     /// spec.internalTrafficPolicy is Local.
@@ -195,6 +200,17 @@ pub struct Node {
     pub internal_ips: Vec<IpAddr>,
     /// Is being deleted, or carries the taint `ToBeDeletedByClusterAutoscaler`: load balancers should turn elsewhere.
     pub leaving: bool,
+    /// What could not be read.
+    pub problems: Vec<Problem>,
+}
+
+/// A ServiceCIDR: where ClusterIPs come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceCidr {
+    /// metadata.name
+    pub name: String,
+    /// spec.cidrs
+    pub networks: Vec<Network>,
     /// What could not be read.
     pub problems: Vec<Problem>,
 }

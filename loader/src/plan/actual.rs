@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use sheave_common::frontend::BackendSet;
+use sheave_common::frontend::{BackendSet, flags};
 
 use super::runs::Runs;
 use super::write::{Backend, Frontend, FrontendAddress, Write};
 use crate::model::desired::ServicePortName;
+use crate::model::network::Network;
 
 /// The maps' contents, as read from the kernel.
 #[derive(Clone, Debug, Default)]
@@ -18,6 +19,8 @@ pub struct Dump {
     pub backends: Vec<(u32, Backend)>,
     /// `service_names`; `None` for a name that this program did not write.
     pub names: Vec<(u32, Option<ServicePortName>)>,
+    /// `source_ranges4` and `source_ranges6`, with their service ids.
+    pub source_ranges: Vec<(u32, Network)>,
     /// `backend_table`, all of it.
     pub table: Vec<u32>,
     /// From `config`; 0 if it was never written.
@@ -34,6 +37,8 @@ pub(super) struct Actual {
     pub(super) frontends: BTreeMap<FrontendAddress, Frontend>,
     pub(super) backends: BTreeMap<u32, Backend>,
     pub(super) names: BTreeMap<u32, ServicePortName>,
+    /// (service id, clients).
+    pub(super) source_ranges: BTreeSet<(u32, Network)>,
     pub(super) runs: Runs,
     /// Names that identify nothing: unreadable, or a second id for one service port.
     pub(super) stray_names: BTreeSet<u32>,
@@ -48,6 +53,7 @@ impl Actual {
             frontends: BTreeMap::new(),
             backends: BTreeMap::new(),
             names: BTreeMap::new(),
+            source_ranges: dump.source_ranges.into_iter().collect(),
             runs: Runs::new(u32::try_from(dump.table.len()).unwrap_or(u32::MAX)),
             stray_names: BTreeSet::new(),
             frontends_of: BTreeSet::new(),
@@ -85,6 +91,7 @@ impl Actual {
     pub(super) fn service_ids(&self) -> BTreeSet<u32> {
         let named = self.names.keys().chain(&self.stray_names).copied();
         let ids = named.chain(self.backends.values().map(|backend| backend.service_id));
+        let ids = ids.chain(self.source_ranges.iter().map(|(id, _)| *id));
         ids.chain(self.frontends.values().map(|frontend| frontend.service_id)).collect()
     }
 
@@ -106,6 +113,18 @@ impl Actual {
         range.map(|((_, endpoint), id)| (*endpoint, *id))
     }
 
+    /// Clients that the kernel lets use a service port's guarded frontends.
+    pub(super) fn source_ranges_of(&self, service_id: u32) -> impl Iterator<Item = Network> + '_ {
+        let range = self.source_ranges.range((service_id, Network::FIRST)..);
+        range.take_while(move |(id, _)| *id == service_id).map(|(_, network)| *network)
+    }
+
+    /// Whether a frontend in the kernel looks at a service port's source ranges.
+    pub(super) fn is_guarded(&self, service_id: u32) -> bool {
+        let mut frontends = self.frontends_of(service_id).filter_map(|address| self.frontends.get(&address));
+        frontends.any(|frontend| frontend.flags & flags::SOURCE_RANGES != 0)
+    }
+
     /// Moves the mirror. Returns the runs that no frontend names any more.
     pub(super) fn apply(&mut self, write: &Write) -> Vec<u32> {
         match write {
@@ -118,6 +137,14 @@ impl Actual {
             Write::DeleteName { service_id } => {
                 self.stray_names.remove(service_id);
                 self.names.remove(service_id);
+                Vec::new()
+            }
+            Write::PutSourceRange { service_id, network } => {
+                self.source_ranges.insert((*service_id, *network));
+                Vec::new()
+            }
+            Write::DeleteSourceRange { service_id, network } => {
+                self.source_ranges.remove(&(*service_id, *network));
                 Vec::new()
             }
             Write::PutBackend { id, backend } => {

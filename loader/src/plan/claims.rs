@@ -6,7 +6,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-use sheave_common::frontend::flags::{CLUSTER_IP, EXTERNAL_IP, LOAD_BALANCER, SERVICE_ADDRESS, WHOLE_ADDRESS};
+use sheave_common::frontend::flags::{
+    CLUSTER_IP, EXTERNAL_IP, HAS_ENDPOINT, LOAD_BALANCER, SERVICE_ADDRESS, WHOLE_ADDRESS,
+};
 
 use super::write::FrontendAddress;
 use crate::model::desired::{ServicePort, ServicePortName};
@@ -26,10 +28,31 @@ struct Marked {
     cluster: usize,
     /// Those of a load-balancer or external IP.
     service: usize,
+    /// Those of either kind that have an endpoint.
+    with_endpoint: usize,
+}
+
+/// What a frontend has to say about the mark on its address.
+#[derive(Clone, Copy, Debug)]
+struct Asked {
+    /// As [`mark_of`].
+    mark: u32,
+    /// Its cluster set is not empty.
+    has_endpoint: bool,
 }
 
 impl Marked {
-    fn count(&mut self, mark: u32) -> &mut usize {
+    fn add(&mut self, asked: Asked) {
+        *self.count(asked.mark) += 1;
+        self.with_endpoint += usize::from(asked.has_endpoint);
+    }
+
+    fn remove(&mut self, asked: Asked) {
+        *self.count(asked.mark) -= 1;
+        self.with_endpoint -= usize::from(asked.has_endpoint);
+    }
+
+    const fn count(&mut self, mark: u32) -> &mut usize {
         if mark == WHOLE_ADDRESS { &mut self.cluster } else { &mut self.service }
     }
 }
@@ -43,18 +66,18 @@ pub(super) struct Touched {
 
 impl Claims {
     pub(super) fn claim(&mut self, name: &ServicePortName, port: &ServicePort, touched: &mut Touched) {
-        for (key, mark) in frontends(name, port) {
+        for (key, asked) in frontends(name, port) {
             self.claimants.entry(key).or_default().insert(name.clone());
             touched.frontends.insert(key);
-            if let Some(mark) = mark {
-                *self.marked.entry(key.address).or_default().count(mark) += 1;
+            if let Some(asked) = asked {
+                self.marked.entry(key.address).or_default().add(asked);
                 touched.addresses.insert(key.address);
             }
         }
     }
 
     pub(super) fn release(&mut self, name: &ServicePortName, port: &ServicePort, touched: &mut Touched) {
-        for (key, mark) in frontends(name, port) {
+        for (key, asked) in frontends(name, port) {
             if let Some(claimants) = self.claimants.get_mut(&key) {
                 claimants.remove(name);
                 if claimants.is_empty() {
@@ -62,10 +85,10 @@ impl Claims {
                 }
             }
             touched.frontends.insert(key);
-            if let Some(mark) = mark
+            if let Some(asked) = asked
                 && let Some(marked) = self.marked.get_mut(&key.address)
             {
-                *marked.count(mark) -= 1;
+                marked.remove(asked);
                 if marked.cluster + marked.service == 0 {
                     self.marked.remove(&key.address);
                 }
@@ -88,7 +111,8 @@ impl Claims {
     /// The mark that this address should carry.
     pub(super) fn mark(&self, address: &IpAddr) -> Option<u32> {
         let marked = self.marked.get(address)?;
-        Some(if marked.cluster > 0 { WHOLE_ADDRESS } else { SERVICE_ADDRESS })
+        let mark = if marked.cluster > 0 { WHOLE_ADDRESS } else { SERVICE_ADDRESS };
+        Some(if marked.with_endpoint > 0 { mark | HAS_ENDPOINT } else { mark })
     }
 }
 
@@ -106,7 +130,14 @@ pub(super) const fn mark_of(flags: u32) -> Option<u32> {
 fn frontends<'a>(
     name: &'a ServicePortName,
     port: &'a ServicePort,
-) -> impl Iterator<Item = (FrontendAddress, Option<u32>)> + 'a {
+) -> impl Iterator<Item = (FrontendAddress, Option<Asked>)> + 'a {
     let key = |address: &SocketAddr| FrontendAddress::new(*address, name.protocol.number());
-    port.frontends.iter().map(move |(address, flags)| (key(address), mark_of(*flags)))
+    let has_endpoint = |address: &SocketAddr| {
+        let endpoints = if address.is_ipv4() { &port.endpoints4 } else { &port.endpoints6 };
+        !endpoints.cluster.is_empty()
+    };
+    port.frontends.iter().map(move |(address, flags)| {
+        let asked = mark_of(*flags).map(|mark| Asked { mark, has_endpoint: has_endpoint(address) });
+        (key(address), asked)
+    })
 }

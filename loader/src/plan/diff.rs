@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use sheave_common::backend::flags::{IN_CLUSTER_SET, IN_LOCAL_SET, LOCAL, TERMINATING};
-use sheave_common::frontend::BackendSet;
+use sheave_common::frontend::{BackendSet, flags};
 use sheave_common::service_name::TEXT_LENGTH;
 
 use super::actual::{Actual, Dump};
@@ -76,11 +76,22 @@ struct Draft {
     names: Vec<Operation>,
     backends: Vec<Operation>,
     runs: Vec<Operation>,
+    source_ranges: Vec<Operation>,
     frontends: Vec<Operation>,
     leaving: Vec<Operation>,
     marks: Vec<Operation>,
+    source_range_deletions: Vec<Operation>,
     mark_deletions: Vec<Operation>,
     frontend_deletions: Vec<Operation>,
+}
+
+impl Draft {
+    fn in_order(self) -> impl Iterator<Item = Operation> {
+        let writes =
+            [self.names, self.backends, self.runs, self.source_ranges, self.frontends, self.leaving, self.marks];
+        let deletions = [self.source_range_deletions, self.mark_deletions, self.frontend_deletions];
+        writes.into_iter().chain(deletions).flatten()
+    }
 }
 
 impl Planner {
@@ -178,13 +189,11 @@ impl Planner {
             }
         }
         self.plan_frontends(&touched, &mut draft);
-        let Draft { names, backends, runs, frontends, leaving, marks, mark_deletions, frontend_deletions } = draft;
         if let Some((next_backend_id, next_service_id)) = self.identity.reservation() {
             let write = Write::Reserve { next_backend_id, next_service_id };
             batch.operations.push(Operation { owner: Owner::Batch, write });
         }
-        let ordered = [names, backends, runs, frontends, leaving, marks, mark_deletions, frontend_deletions];
-        batch.operations.extend(ordered.into_iter().flatten());
+        batch.operations.extend(draft.in_order());
         batch
     }
 
@@ -196,6 +205,7 @@ impl Planner {
             self.queue.service(name.clone());
             if let Some(id) = service.id {
                 self.queue.backends(self.actual.backends_of(id).map(|(_, id)| id));
+                self.queue.source_ranges(self.actual.source_ranges_of(id).map(|network| (id, network)));
             }
             return Ok(());
         };
@@ -268,7 +278,31 @@ impl Planner {
         }
         draft.backends.extend(backends);
         draft.runs.extend(runs.into_iter().map(owned));
+        self.plan_source_ranges(name, service_id, &desired, draft);
         Ok(())
+    }
+
+    /// Who may use a service port's guarded frontends. New clients are let in before old ones are shut out, so a client of
+    /// both lists is never refused. Where nothing is guarded any more, a packet in flight may still ask.
+    fn plan_source_ranges(
+        &mut self,
+        name: &ServicePortName,
+        service_id: u32,
+        desired: &ServicePort,
+        draft: &mut Draft,
+    ) {
+        let owned = |write| Operation { owner: Owner::Service(name.clone()), write };
+        let wanted = &desired.source_ranges;
+        let missing = wanted.iter().filter(|network| !self.actual.source_ranges.contains(&(service_id, **network)));
+        let puts = missing.map(|network| owned(Write::PutSourceRange { service_id, network: *network }));
+        draft.source_ranges.extend(puts);
+        let extra = self.actual.source_ranges_of(service_id).filter(|network| !wanted.contains(network));
+        if desired.frontends.values().any(|bits| bits & flags::SOURCE_RANGES != 0) {
+            let deletions = extra.map(|network| owned(Write::DeleteSourceRange { service_id, network }));
+            draft.source_range_deletions.extend(deletions);
+        } else {
+            self.queue.source_ranges(extra.map(|network| (service_id, network)));
+        }
     }
 
     /// The run that holds a set: one that is there already, or a new one.

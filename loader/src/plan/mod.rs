@@ -4,8 +4,9 @@
 //! [`Batch`]; each write that succeeds moves the mirror. So a restart without changes writes nothing, a crash after
 //! any write is repaired by the next plan, and a change costs O(changed service).
 //!
-//! The order of a batch: raised ids, names, backends, table runs, frontends, backends that leave every set, marks; then
-//! deletions of marks and frontends. Backends, names and runs that nothing needs any more go after a grace period, in a batch of their own
+//! The order of a batch: raised ids, names, backends, table runs, source ranges, frontends, backends that leave every set,
+//! marks; then deletions of source ranges that guarded frontends have lost, of marks and of frontends. Backends, names,
+//! runs and the ranges of frontends that are no longer guarded go after a grace period, in a batch of their own
 //! ([`Planner::reclaim`]), because a packet in flight may still hold the old frontend.
 //!
 //! Versions of map elements, system calls and Kubernetes' rules are left to others.

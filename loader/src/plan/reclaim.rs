@@ -1,5 +1,5 @@
 //! What goes after a grace period: table runs that no frontend names any more, backends and names that are not desired
-//! any more.
+//! any more, source ranges that no frontend asks for any more.
 //!
 //! Something may be wanted again while it waits (an endpoint that flaps): then it is still there and simply stays.
 
@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use super::diff::Planner;
 use super::write::{Batch, Operation, Owner, Write};
 use crate::model::desired::{ServicePort, ServicePortName};
+use crate::model::network::Network;
 
 /// Everything that was given up until [`Planner::begin_grace`]. A grace period later it may be reclaimed.
 #[derive(Clone, Copy, Debug)]
@@ -21,6 +22,7 @@ pub(super) struct Queue {
     generation: u64,
     runs: BTreeMap<u32, u64>,
     backends: BTreeMap<u32, u64>,
+    source_ranges: BTreeMap<(u32, Network), u64>,
     services: BTreeMap<ServicePortName, u64>,
     stray_names: BTreeMap<u32, u64>,
 }
@@ -34,6 +36,10 @@ impl Queue {
         self.backends.extend(ids.into_iter().map(|id| (id, self.generation)));
     }
 
+    pub(super) fn source_ranges(&mut self, ranges: impl IntoIterator<Item = (u32, Network)>) {
+        self.source_ranges.extend(ranges.into_iter().map(|range| (range, self.generation)));
+    }
+
     pub(super) fn service(&mut self, name: ServicePortName) {
         self.services.insert(name, self.generation);
     }
@@ -43,7 +49,8 @@ impl Queue {
     }
 
     fn is_empty(&self) -> bool {
-        self.runs.is_empty() && self.backends.is_empty() && self.services.is_empty() && self.stray_names.is_empty()
+        let (runs, backends, ranges) = (self.runs.is_empty(), self.backends.is_empty(), self.source_ranges.is_empty());
+        runs && backends && ranges && self.services.is_empty() && self.stray_names.is_empty()
     }
 }
 
@@ -64,7 +71,7 @@ impl Planner {
         Some(grace)
     }
 
-    /// Frees runs, and plans the deletions of backends and names.
+    /// Frees runs, and plans the deletions of backends, source ranges and names.
     pub fn reclaim(&mut self, Grace(generation): Grace) -> Batch {
         for first in ripe(&mut self.queue.runs, generation) {
             self.actual.runs.free_unnamed(first);
@@ -87,6 +94,19 @@ impl Planner {
             let owner = name.map_or(Owner::Nobody, |name| Owner::Service(name.clone()));
             operations.push(Operation { owner, write: Write::DeleteBackend { id, address: backend.address } });
         }
+        let mut deleted_ranges = BTreeSet::new();
+        for (service_id, network) in ripe(&mut self.queue.source_ranges, generation) {
+            let range = (service_id, network);
+            let name = self.actual.names.get(&service_id);
+            let desired = name.and_then(|name| self.services.get(name)).and_then(|service| service.desired.as_ref());
+            let is_wanted = desired.is_some_and(|desired| desired.source_ranges.contains(&network));
+            if !self.actual.source_ranges.contains(&range) || is_wanted || self.actual.is_guarded(service_id) {
+                continue;
+            }
+            deleted_ranges.insert(range);
+            let owner = name.map_or(Owner::Nobody, |name| Owner::Service(name.clone()));
+            operations.push(Operation { owner, write: Write::DeleteSourceRange { service_id, network } });
+        }
         for name in ripe(&mut self.queue.services, generation) {
             let Some(service) = self.services.get(&name).filter(|service| service.desired.is_none()) else { continue };
             let Some(service_id) = service.id else {
@@ -94,7 +114,8 @@ impl Planner {
                 continue;
             };
             let in_use = self.actual.frontends_of(service_id).next().is_some()
-                || self.actual.backends_of(service_id).any(|(_, id)| !deleted.contains(&id));
+                || self.actual.backends_of(service_id).any(|(_, id)| !deleted.contains(&id))
+                || self.actual.source_ranges_of(service_id).any(|range| !deleted_ranges.contains(&(service_id, range)));
             if in_use {
                 continue;
             }
@@ -121,6 +142,8 @@ impl Planner {
                 || self.actual.backend_id(backend.service_id, endpoint) != Some(**id)
         });
         self.queue.backends(backends.map(|(id, _)| *id));
+        let ranges = self.actual.source_ranges.iter().filter(|(id, _)| !self.actual.names.contains_key(id));
+        self.queue.source_ranges(ranges.copied());
         self.queue.stray_names(self.actual.stray_names.iter().copied());
     }
 

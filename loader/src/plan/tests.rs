@@ -6,10 +6,16 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use sheave_common::backend::flags::IN_CLUSTER_SET;
 use sheave_common::frontend::BackendSet;
-use sheave_common::frontend::flags::{CLUSTER_IP, EXTERNAL_IP, NODE_PORT, SERVICE_ADDRESS, WHOLE_ADDRESS};
+use sheave_common::frontend::flags::{
+    CLUSTER_IP, EXTERNAL_IP, HAS_ENDPOINT, LOAD_BALANCER, NODE_PORT, SERVICE_ADDRESS, SOURCE_RANGES, WHOLE_ADDRESS,
+};
 
 use super::*;
 use crate::model::desired::{Endpoint, EndpointSets, Protocol, ServiceKey, ServicePort, ServicePortName};
+use crate::model::network::Network;
+
+mod marks;
+mod source_ranges;
 
 /// Xorshift: enough randomness for a test, and repeatable.
 pub(super) struct Random(u64);
@@ -35,6 +41,7 @@ struct Maps {
     frontends: BTreeMap<FrontendAddress, Frontend>,
     backends: BTreeMap<u32, Backend>,
     names: BTreeMap<u32, ServicePortName>,
+    source_ranges: BTreeSet<(u32, Network)>,
     table: Vec<u32>,
     written: BTreeSet<u32>,
     next_backend_id: u32,
@@ -56,6 +63,7 @@ impl Maps {
             frontends: self.frontends.iter().map(|(k, v)| (*k, *v)).collect(),
             backends: self.backends.iter().map(|(k, v)| (*k, *v)).collect(),
             names: self.names.iter().map(|(k, v)| (*k, Some(v.clone()))).collect(),
+            source_ranges: self.source_ranges.iter().copied().collect(),
             table: self.table.clone(),
             next_backend_id: self.next_backend_id,
             next_service_id: self.next_service_id,
@@ -99,6 +107,13 @@ impl Maps {
                     self.written.insert(element);
                 }
             }
+            Write::PutSourceRange { service_id, network } => {
+                assert!(self.names.contains_key(service_id));
+                assert!(self.source_ranges.insert((*service_id, *network)), "written again");
+            }
+            Write::DeleteSourceRange { service_id, network } => {
+                assert!(self.source_ranges.remove(&(*service_id, *network)));
+            }
             Write::PutFrontend { address, frontend } => {
                 assert_eq!(address.is_mark(), frontend.service_id == 0);
                 assert!(frontend.service_id == 0 || self.names.contains_key(&frontend.service_id));
@@ -115,6 +130,7 @@ impl Maps {
                 assert!(self.names.remove(service_id).is_some());
                 assert!(!self.backends.values().any(|b| b.service_id == *service_id));
                 assert!(!self.frontends.values().any(|f| f.service_id == *service_id));
+                assert!(!self.source_ranges.iter().any(|(id, _)| id == service_id), "the id's next owner gets ranges");
             }
         }
         for (address, frontend) in &self.frontends {
@@ -135,9 +151,14 @@ impl Maps {
         };
         let describe = |f: &Frontend| {
             let name = self.names.get(&f.service_id).map(ToString::to_string);
-            format!("{name:?} {} {} {:?} {:?}", f.flags, f.affinity_seconds, set(f.cluster), set(f.local))
+            let clients = (f.flags & SOURCE_RANGES != 0).then(|| self.source_ranges_of(f.service_id));
+            format!("{name:?} {} {} {clients:?} {:?} {:?}", f.flags, f.affinity_seconds, set(f.cluster), set(f.local))
         };
         self.frontends.iter().map(|(key, frontend)| (*key, describe(frontend))).collect()
+    }
+
+    fn source_ranges_of(&self, service_id: u32) -> Vec<Network> {
+        self.source_ranges.iter().filter(|(id, _)| *id == service_id).map(|(_, network)| *network).collect()
     }
 
     fn run(&mut self, planner: &mut Planner, batch: Batch) -> usize {
@@ -183,6 +204,7 @@ fn set(random: &mut Random, ipv6: bool) -> Vec<Endpoint> {
 
 fn service(random: &mut Random) -> ServicePort {
     let mut port = ServicePort { affinity_seconds: random.below(2) as u32 * 10, ..ServicePort::default() };
+    let guard = if random.below(2) == 0 { SOURCE_RANGES } else { 0 };
     for ipv6 in [false, true] {
         let cluster = set(random, ipv6);
         let local = if random.below(2) == 0 { cluster.clone() } else { set(random, ipv6) };
@@ -195,10 +217,17 @@ fn service(random: &mut Random) -> ServicePort {
                 true => IpAddr::V6(Ipv6Addr::new(0xfd01, 0, 0, 0, 0, 0, 0, host)),
                 false => IpAddr::V4(Ipv4Addr::new(10, 96, 0, host as u8)),
             };
-            let flags = if host < 2 { CLUSTER_IP } else { EXTERNAL_IP };
+            let flags = match host {
+                0 | 1 => CLUSTER_IP,
+                2 => EXTERNAL_IP,
+                _ => LOAD_BALANCER | guard,
+            };
             port.frontends.insert(SocketAddr::new(address, 80 + random.below(2) as u16), flags);
         }
         if ipv6 { port.endpoints6 = sets } else { port.endpoints4 = sets }
+    }
+    if port.frontends.values().any(|flags| flags & SOURCE_RANGES != 0) {
+        port.source_ranges = source_ranges::some(random);
     }
     port
 }
@@ -230,6 +259,7 @@ fn assert_tidy(maps: &Maps, desired: &Desired) {
     let names: BTreeSet<_> = maps.names.values().collect();
     assert_eq!(names, desired.keys().collect(), "exactly the desired service ports have names");
     assert_eq!(maps.backends.len(), fresh(desired).backends.len(), "no backend is left over");
+    assert_eq!(maps.source_ranges.len(), fresh(desired).source_ranges.len(), "no source range is left over");
 }
 
 #[test]
@@ -461,30 +491,4 @@ fn a_service_that_claims_a_taken_frontend_gets_it_when_the_first_one_leaves() {
     let batch = planner.plan(BTreeMap::from([(name(1), None)]));
     maps.run(&mut planner, batch);
     assert_eq!(owner(&maps), name(2));
-}
-
-#[test]
-fn an_address_is_marked_by_the_strongest_of_its_frontends_and_a_nodes_own_address_is_not() {
-    let mut maps = Maps::new(100);
-    let mut planner = Planner::restore(maps.dump());
-    let with = |port: u16, flags: u32| {
-        let mut service = one_frontend(port, &[1]);
-        service.frontends.values_mut().for_each(|all| *all = flags);
-        Some(service)
-    };
-    let mark = |maps: &Maps| {
-        let mut marks = maps.frontends.iter().filter(|(key, _)| key.is_mark()).map(|(_, frontend)| frontend.flags);
-        (marks.next(), marks.next())
-    };
-    for (first, second, expected) in [
-        (with(80, EXTERNAL_IP), None, Some(SERVICE_ADDRESS)),
-        (with(80, EXTERNAL_IP), with(81, CLUSTER_IP), Some(WHOLE_ADDRESS)),
-        (with(80, NODE_PORT), with(81, CLUSTER_IP), Some(WHOLE_ADDRESS)),
-        (with(80, EXTERNAL_IP), with(81, NODE_PORT), Some(SERVICE_ADDRESS)),
-        (with(80, NODE_PORT), None, None),
-    ] {
-        let batch = planner.plan(BTreeMap::from([(name(1), first), (name(2), second)]));
-        maps.run(&mut planner, batch);
-        assert_eq!(mark(&maps), (expected, None));
-    }
 }

@@ -7,6 +7,7 @@ use sheave_common::frontend::BackendSet;
 
 use super::diff::PlanError;
 use crate::model::desired::ServicePortName;
+use crate::model::network::Network;
 
 /// Key of a frontend, of either family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -61,7 +62,8 @@ pub struct Frontend {
 }
 
 impl Frontend {
-    /// The mark on an address: [`frontend::flags::WHOLE_ADDRESS`] or [`frontend::flags::SERVICE_ADDRESS`].
+    /// The mark on an address: [`frontend::flags::WHOLE_ADDRESS`] or [`frontend::flags::SERVICE_ADDRESS`], perhaps with
+    /// [`frontend::flags::HAS_ENDPOINT`].
     #[must_use]
     pub const fn mark(flags: u32) -> Self {
         let none = BackendSet { first: 0, length: 0 };
@@ -114,6 +116,20 @@ pub enum Write {
         first: u32,
         /// Backend ids.
         ids: Vec<u32>,
+    },
+    /// `source_ranges4/6`: these clients may use a service port's load-balancer IPs.
+    PutSourceRange {
+        /// Service port.
+        service_id: u32,
+        /// The clients.
+        network: Network,
+    },
+    /// `source_ranges4/6`.
+    DeleteSourceRange {
+        /// Service port.
+        service_id: u32,
+        /// The clients.
+        network: Network,
     },
     /// `frontends4/6`: a new element, or one replaced as a whole.
     PutFrontend {

@@ -49,7 +49,11 @@ impl From<&Change> for Arrival {
             Change::Slice(slice) => (Some(Kind::Endpoints), slice.triggered),
             Change::SliceGone(_) | Change::SlicesReplaced(_) => (Some(Kind::Endpoints), None),
             Change::Service(_) | Change::ServiceGone(_) | Change::ServicesReplaced(_) => (Some(Kind::Services), None),
-            Change::Node(_) | Change::NodeGone => (None, None),
+            Change::Node(_)
+            | Change::NodeGone
+            | Change::ServiceCidr(_)
+            | Change::ServiceCidrGone(_)
+            | Change::ServiceCidrsReplaced(_) => (None, None),
         };
         Self { kind, triggered }
     }

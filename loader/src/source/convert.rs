@@ -1,18 +1,20 @@
 //! Reads Kubernetes' own types into the model's objects: absent fields get the meaning that the API gives them, and
 //! a field that can't be used becomes a [`Problem`] instead of an error.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::SystemTime;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use crate::model::desired::{Protocol, ServiceKey};
+use crate::model::network::Network;
 use crate::model::objects::{
-    EndpointSlice, Family, Node, Port, Problem, Service, ServiceType, SliceEndpoint, SliceKey, SlicePort,
+    EndpointSlice, Family, Node, Port, Problem, Service, ServiceCidr, ServiceType, SliceEndpoint, SliceKey, SlicePort,
 };
 
 /// Label of Services and EndpointSlices that another proxy serves.
@@ -104,6 +106,22 @@ fn parse_address(text: &str) -> Option<IpAddr> {
     parts.next().is_none().then_some(IpAddr::V4(Ipv4Addr::from(octets)))
 }
 
+/// A network as Kubernetes reads it: an address as [`parse_address`] does, and a length. The address may have bits beyond
+/// that length.
+fn parse_network(text: &str) -> Option<Network> {
+    let (address, length) = text.split_once('/')?;
+    let length: u8 = Some(length).filter(|length| length.bytes().all(|byte| byte.is_ascii_digit()))?.parse().ok()?;
+    let mapped = address.parse::<Ipv6Addr>().ok().filter(|address| address.to_ipv4_mapped().is_some());
+    match mapped {
+        Some(mapped) if length < MAPPED_LENGTH => Network::new(mapped.into(), length),
+        Some(mapped) => Network::new(IpAddr::V6(mapped).to_canonical(), length - MAPPED_LENGTH),
+        None => Network::new(parse_address(address)?, length),
+    }
+}
+
+/// Bits of an IPv4-mapped IPv6 address before the IPv4 address.
+const MAPPED_LENGTH: u8 = 96;
+
 /// metadata.namespace, `default` if it is absent, as with kubectl.
 fn namespace(metadata: &ObjectMeta) -> String {
     metadata.namespace.clone().filter(|namespace| !namespace.is_empty()).unwrap_or_else(|| "default".to_owned())
@@ -145,11 +163,6 @@ impl From<&core::Service> for Service {
                 ServiceType::ClusterIp
             }
         };
-        if service_type == ServiceType::LoadBalancer
-            && spec.load_balancer_source_ranges.as_ref().is_some_and(|ranges| !ranges.is_empty())
-        {
-            reader.problem("spec.loadBalancerSourceRanges", "not enforced: clients outside of them are served as well");
-        }
         // 0 is how a Service without one is often written.
         let health_check = spec.health_check_node_port.filter(|port| *port != 0);
         let health_check_node_port = health_check.and_then(|port| reader.port("spec.healthCheckNodePort", port));
@@ -161,6 +174,7 @@ impl From<&core::Service> for Service {
             cluster_ips: cluster_ips(&mut reader, spec),
             external_ips: reader.addresses("spec.externalIPs", spec.external_ips.as_deref()),
             load_balancer_ips: load_balancer_ips(&mut reader, object.status.as_ref()),
+            source_ranges: source_ranges(&mut reader, spec),
             ports: ports(&mut reader, spec),
             internal_local: reader.is_local("spec.internalTrafficPolicy", spec.internal_traffic_policy.as_deref()),
             external_local: reader.is_local("spec.externalTrafficPolicy", spec.external_traffic_policy.as_deref()),
@@ -204,6 +218,22 @@ fn load_balancer_ips(reader: &mut Reader, status: Option<&core::ServiceStatus>) 
         }
     }
     addresses
+}
+
+/// An entry that can't be read lets nobody in, rather than everybody.
+fn source_ranges(reader: &mut Reader, spec: &core::ServiceSpec) -> Option<BTreeSet<Network>> {
+    let texts = spec.load_balancer_source_ranges.as_deref().filter(|texts| !texts.is_empty())?;
+    let mut ranges = BTreeSet::new();
+    for (i, text) in texts.iter().enumerate() {
+        match parse_network(text.trim()) {
+            Some(range) => drop(ranges.insert(range)),
+            None => reader.problem(
+                format!("spec.loadBalancerSourceRanges[{i}]"),
+                format!("{text:?} is not a network like 192.0.2.0/24; it admits nobody"),
+            ),
+        }
+    }
+    Some(ranges)
 }
 
 fn ports(reader: &mut Reader, spec: &core::ServiceSpec) -> Vec<Port> {
@@ -350,5 +380,22 @@ impl From<&core::Node> for Node {
             leaving,
             problems: reader.0,
         }
+    }
+}
+
+impl From<&networking::ServiceCIDR> for ServiceCidr {
+    fn from(object: &networking::ServiceCIDR) -> Self {
+        let mut reader = Reader::default();
+        let texts = object.spec.as_ref().and_then(|spec| spec.cidrs.as_deref()).unwrap_or_default();
+        let mut networks = Vec::new();
+        for (i, text) in texts.iter().enumerate() {
+            match parse_network(text) {
+                Some(network) => networks.push(network),
+                None => {
+                    reader.problem(format!("spec.cidrs[{i}]"), format!("{text:?} is not a network like 10.96.0.0/12"));
+                }
+            }
+        }
+        Self { name: object.metadata.name.clone().unwrap_or_default(), networks, problems: reader.0 }
     }
 }

@@ -1,4 +1,4 @@
-//! Where Services, EndpointSlices and this Node come from: a Kubernetes API server, or a folder of manifests.
+//! Where Services, EndpointSlices, this Node and ServiceCIDRs come from: a Kubernetes API server, or a folder of manifests.
 //!
 //! A source reports changes; it never looks at what they mean. It serves until its receiver is gone, and takes every
 //! trouble of the other side (an unreachable server, a broken file) as something that will pass.
@@ -19,7 +19,8 @@ use crate::model;
 pub enum SourceEvent {
     /// Objects changed, in this order.
     Changes(Vec<model::Change>),
-    /// Reported once: every object that existed at the start has been reported. Nothing may be pruned before.
+    /// Reported once: every object that existed at the start has been reported, but perhaps for ServiceCIDRs, which not
+    /// every account may read. Nothing may be pruned before.
     Synced,
 }
 

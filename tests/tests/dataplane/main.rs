@@ -3,5 +3,6 @@
 
 mod bench;
 mod links;
+mod networks;
 mod pins;
 mod repair;

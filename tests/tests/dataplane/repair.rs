@@ -155,6 +155,7 @@ fn start_with(bench: &Bench, source: &[&str]) -> Process {
         ("--max-half-open", "1024"),
         ("--max-affinity", "64"),
         ("--max-sockets", "64"),
+        ("--max-source-ranges", "64"),
     ] {
         command.args([flag, entries]);
     }

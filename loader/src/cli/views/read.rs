@@ -78,6 +78,7 @@ fn snapshot(maps: &PinnedMaps, wanted: Wanted) -> Result<Snapshot, MapError> {
     Ok(Snapshot {
         frontends,
         backends,
+        source_ranges: if wanted.frontends { maps.source_ranges()? } else { BTreeMap::new() },
         names: named(maps)?,
         counters: wanted.counters.then(|| counters(maps)).transpose()?,
         interfaces: edges.into_iter().filter_map(|index| Some((index, interface_name(index)?))).collect(),

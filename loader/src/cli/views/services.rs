@@ -24,6 +24,9 @@ pub(super) struct ServiceRow {
     affinity_seconds: u32,
     cluster_backends: Vec<SocketAddr>,
     local_backends: Vec<SocketAddr>,
+    /// Clients that are let in; absent if all are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source_ranges: Option<Vec<String>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     counters: Option<Traffic>,
     #[serde(skip)]
@@ -62,11 +65,22 @@ fn row(snapshot: &Snapshot, frontend: &Frontend) -> ServiceRow {
         affinity_seconds: frontend.affinity_seconds,
         cluster_backends: addresses(&frontend.cluster),
         local_backends: addresses(&frontend.local),
+        source_ranges: source_ranges(snapshot, frontend),
         counters: snapshot
             .counters
             .as_ref()
             .map(|counters| counters.get(&frontend.service_id).copied().unwrap_or_default()),
     }
+}
+
+/// Those of the frontend's family: the others' clients can't reach it anyway.
+fn source_ranges(snapshot: &Snapshot, frontend: &Frontend) -> Option<Vec<String>> {
+    if frontend.flags & flags::SOURCE_RANGES == 0 {
+        return None;
+    }
+    let networks = snapshot.source_ranges.get(&frontend.service_id).into_iter().flatten();
+    let same_family = networks.filter(|network| network.address().is_ipv4() == frontend.address.is_ipv4());
+    Some(same_family.map(ToString::to_string).collect())
 }
 
 fn kind_name(kind: u32) -> String {
@@ -82,8 +96,17 @@ fn kind_name(kind: u32) -> String {
 
 impl Row for ServiceRow {
     fn titles(&self) -> Vec<&'static str> {
-        let mut titles =
-            vec!["SERVICE", "PROTOCOL", "TYPE", "ADDRESS", "POLICY", "AFFINITY", "BACKENDS", "LOCAL BACKENDS"];
+        let mut titles = vec![
+            "SERVICE",
+            "PROTOCOL",
+            "TYPE",
+            "ADDRESS",
+            "POLICY",
+            "AFFINITY",
+            "BACKENDS",
+            "LOCAL BACKENDS",
+            "CLIENTS",
+        ];
         if self.counters.is_some() {
             titles.extend(["CONNECTIONS", "PACKETS", "BYTES"]);
         }
@@ -97,6 +120,11 @@ impl Row for ServiceRow {
         };
         let policy = if self.kind == "ClusterIP" { self.internal_policy } else { self.external_policy };
         let affinity = if self.affinity_seconds == 0 { "-".to_owned() } else { format!("{}s", self.affinity_seconds) };
+        let clients = match self.source_ranges.as_deref() {
+            None => "all".to_owned(),
+            Some([]) => "none".to_owned(),
+            Some(ranges) => ranges.join(","),
+        };
         let mut cells = vec![
             self.service.clone(),
             self.protocol.clone(),
@@ -106,6 +134,7 @@ impl Row for ServiceRow {
             affinity,
             self.cluster_backends.len().to_string(),
             self.local_backends.len().to_string(),
+            clients,
         ];
         if let Some(Traffic { connections, packets, bytes }) = self.counters {
             cells.extend([connections, packets, bytes].map(|number| number.to_string()));

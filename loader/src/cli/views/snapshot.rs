@@ -1,12 +1,13 @@
 //! What the pinned maps say, as plain data without families and byte orders.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
 use sheave_common::config::Timeouts;
 
 use crate::model::desired::Protocol;
+use crate::model::network::Network;
 
 /// The contents of the maps that a view asked for.
 #[derive(Clone, Debug)]
@@ -17,6 +18,8 @@ pub(super) struct Snapshot {
     pub(super) frontends: Vec<Frontend>,
     /// Backend id → backend.
     pub(super) backends: BTreeMap<u32, Backend>,
+    /// Service id → clients that its guarded frontends let in.
+    pub(super) source_ranges: BTreeMap<u32, BTreeSet<Network>>,
     /// Service id → traffic, if asked for.
     pub(super) counters: Option<BTreeMap<u32, Traffic>>,
     /// Entries of conntrack and half_open.

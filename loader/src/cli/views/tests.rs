@@ -1,6 +1,6 @@
 //! What people and scripts see of given maps.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use sheave_common::config::Timeouts;
 use sheave_common::flow::{closing, flags as flow_flags, state};
@@ -8,7 +8,8 @@ use sheave_common::frontend::flags;
 use sheave_common::{PROTOCOL_TCP, PROTOCOL_UDP, backend};
 
 use super::snapshot::{Affinity, Backend, Flow, Frontend, Snapshot, Traffic};
-use super::{affinity, backends, conntrack, json, services, table};
+use super::{Row as _, affinity, backends, conntrack, json, services, table};
+use crate::model::network::Network;
 
 fn maps() -> Snapshot {
     let backend =
@@ -45,6 +46,7 @@ fn maps() -> Snapshot {
             (41, backend(9, "10.244.1.2:53", 0)),
             (50, backend(7, "[fd00:1::5]:8080", 0)),
         ]),
+        source_ranges: BTreeMap::new(),
         counters: None,
         flows: flows(),
         affinities: vec![
@@ -92,12 +94,12 @@ fn flows() -> Vec<Flow> {
 #[test]
 fn services_as_a_table() {
     let expected = "\
-SERVICE              PROTOCOL  TYPE                  ADDRESS          POLICY   AFFINITY  BACKENDS  LOCAL BACKENDS
-default/web:http     TCP       ClusterIP             10.96.0.7:80     Cluster  600s      2         1
-default/web:http     TCP       ClusterIP             [fd00::7]:80     Cluster  600s      1         0
-default/web:http     TCP       NodePort (host only)  127.0.0.1:30500  Cluster  600s      2         1
-default/web:http     TCP       NodePort              192.0.2.1:30500  Local    600s      2         1
-kube-system/dns:dns  UDP       ClusterIP             10.96.0.10:53    Cluster  -         2         0
+SERVICE              PROTOCOL  TYPE                  ADDRESS          POLICY   AFFINITY  BACKENDS  LOCAL BACKENDS  CLIENTS
+default/web:http     TCP       ClusterIP             10.96.0.7:80     Cluster  600s      2         1               all
+default/web:http     TCP       ClusterIP             [fd00::7]:80     Cluster  600s      1         0               all
+default/web:http     TCP       NodePort (host only)  127.0.0.1:30500  Cluster  600s      2         1               all
+default/web:http     TCP       NodePort              192.0.2.1:30500  Local    600s      2         1               all
+kube-system/dns:dns  UDP       ClusterIP             10.96.0.10:53    Cluster  -         2         0               all
 ";
     assert_eq!(table::render(&services::rows(&maps())), expected);
 }
@@ -146,14 +148,32 @@ fn services_as_json_hold_nothing_that_depends_on_history() {
 }
 
 #[test]
+fn services_show_who_may_use_a_guarded_frontend() {
+    let mut snapshot = maps();
+    let network = |address: &str, length| Network::new(address.parse().unwrap(), length).unwrap();
+    let ranges = BTreeSet::from([network("198.51.100.0", 24), network("10.0.0.0", 8), network("fd00::", 64)]);
+    snapshot.source_ranges = BTreeMap::from([(7, ranges)]);
+    for frontend in &mut snapshot.frontends {
+        frontend.flags |= flags::SOURCE_RANGES;
+    }
+    let rows = services::rows(&snapshot);
+    let clients: Vec<String> = rows.iter().map(|row| row.cells().pop().unwrap()).collect();
+    let v4 = "10.0.0.0/8,198.51.100.0/24";
+    assert_eq!(clients, [v4, "fd00::/64", v4, v4, "none"]);
+    let shown: serde_json::Value = serde_json::from_str(&json(&rows).unwrap()).unwrap();
+    assert_eq!(shown[0]["source_ranges"], serde_json::json!(["10.0.0.0/8", "198.51.100.0/24"]));
+    assert_eq!(shown[4]["source_ranges"], serde_json::json!([]));
+}
+
+#[test]
 fn counters_are_shown_when_asked_for() {
     let mut snapshot = maps();
     snapshot.frontends.retain(|frontend| frontend.address.ip().is_ipv6() || frontend.service_id == 9);
     snapshot.counters = Some(BTreeMap::from([(7, Traffic { connections: 3, packets: 40, bytes: 5_000 })]));
     let expected = "\
-SERVICE              PROTOCOL  TYPE       ADDRESS        POLICY   AFFINITY  BACKENDS  LOCAL BACKENDS  CONNECTIONS  PACKETS  BYTES
-default/web:http     TCP       ClusterIP  [fd00::7]:80   Cluster  600s      1         0               3            40       5000
-kube-system/dns:dns  UDP       ClusterIP  10.96.0.10:53  Cluster  -         2         0               0            0        0
+SERVICE              PROTOCOL  TYPE       ADDRESS        POLICY   AFFINITY  BACKENDS  LOCAL BACKENDS  CLIENTS  CONNECTIONS  PACKETS  BYTES
+default/web:http     TCP       ClusterIP  [fd00::7]:80   Cluster  600s      1         0               all      3            40       5000
+kube-system/dns:dns  UDP       ClusterIP  10.96.0.10:53  Cluster  -         2         0               all      0            0        0
 ";
     let rows = services::rows(&snapshot);
     assert_eq!(table::render(&rows), expected);

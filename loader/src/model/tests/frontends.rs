@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use sheave_common::frontend::flags::{
-    CLUSTER_IP, EXTERNAL_IP, EXTERNAL_LOCAL, HOST_ONLY, INTERNAL_LOCAL, LOAD_BALANCER, NODE_PORT,
+    CLUSTER_IP, EXTERNAL_IP, EXTERNAL_LOCAL, HOST_ONLY, INTERNAL_LOCAL, LOAD_BALANCER, NODE_PORT, SOURCE_RANGES,
 };
 
 use super::super::{Change, desired};
@@ -126,13 +126,80 @@ fn a_load_balancer_ip_is_served_unless_its_mode_is_proxy() {
     );
 }
 
+/// A load-balancer Service with these loadBalancerSourceRanges.
+fn guarded(ranges: &str) -> String {
+    format!(
+        "{{spec: {{type: LoadBalancer, clusterIP: 10.96.0.10, clusterIPs: [10.96.0.10, 'fd00:96::10'], \
+         externalIPs: [192.0.2.9, 192.0.2.2], loadBalancerSourceRanges: {ranges}, ports: [{{port: 80, nodePort: 30080}}]}}, \
+         status: {{loadBalancer: {{ingress: [{{ip: 192.0.2.1}}, {{ip: 192.0.2.2}}, {{ip: 'fd00::1'}}]}}}}}}"
+    )
+}
+
+fn ranges(cluster: &Cluster) -> Vec<String> {
+    cluster.port("").source_ranges.iter().map(ToString::to_string).collect()
+}
+
+/// Only the cloud's clients would be kept out, or those of a nodePort as well.
 #[test]
-fn source_ranges_are_reported_as_not_enforced() {
+fn source_ranges_guard_load_balancer_ips_and_nothing_else() {
+    let mut cluster = Cluster::new();
+    cluster.node(&[], NODE);
+    cluster.service("web", &guarded("[198.51.100.0/24]"));
+    served(
+        &cluster,
+        &[
+            ("10.96.0.10:80", CLUSTER_IP),
+            ("[fd00:96::10]:80", CLUSTER_IP),
+            ("192.0.2.1:80", LOAD_BALANCER | SOURCE_RANGES),
+            ("192.0.2.2:80", LOAD_BALANCER | EXTERNAL_IP | SOURCE_RANGES),
+            ("192.0.2.9:80", EXTERNAL_IP),
+            ("[fd00::1]:80", LOAD_BALANCER | SOURCE_RANGES),
+            ("10.0.0.1:30080", NODE_PORT),
+            ("[fd00::1]:30080", NODE_PORT),
+            ("127.0.0.1:30080", NODE_PORT | HOST_ONLY),
+            ("[::1]:30080", NODE_PORT | HOST_ONLY),
+        ],
+    );
+    assert_eq!(ranges(&cluster), ["198.51.100.0/24"]);
+    for unguarded in ["[]", "null"] {
+        cluster.service("web", &guarded(unguarded));
+        assert_eq!(cluster.frontends("web")["192.0.2.1:80"], LOAD_BALANCER);
+        assert!(ranges(&cluster).is_empty());
+    }
+    assert_eq!(cluster.model.problems(), 0);
+}
+
+/// A list that was typed by a person would lock everybody out, or let everybody in.
+#[test]
+fn source_ranges_are_trimmed_and_read_as_kubernetes_reads_them_and_those_that_cannot_be_read_admit_nobody() {
+    for (list, expected, problems) in [
+        ("[' 198.51.100.7/24', \"\\t10.0.0.0/8\\n\"]", &["10.0.0.0/8", "198.51.100.0/24"][..], 0),
+        ("['fd00:1::9/64', 198.051.100.000/24]", &["198.51.100.0/24", "fd00:1::/64"], 0),
+        ("['::ffff:198.51.100.0/120', '::ffff:0:0/95']", &["198.51.100.0/24", "::fffe:0:0/95"], 0),
+        ("[10.0.0.0/8, 10.0.0.0/8]", &["10.0.0.0/8"], 0),
+        ("[10.0.0.0/33, 10.0.0.0/8]", &["10.0.0.0/8"], 1),
+        ("[10.0.0.1, '', ' ', 10.0.0.0/, /8, 10.0.0.0/+8, 10.0.0.0/8/8, '10.0.0.0 /8', 'fd00::/129', all]", &[], 10),
+    ] {
+        let mut cluster = Cluster::new();
+        cluster.service("web", &guarded(list));
+        assert_eq!(ranges(&cluster), expected, "{list}");
+        assert_eq!(cluster.frontends("web")["192.0.2.1:80"], LOAD_BALANCER | SOURCE_RANGES, "{list}");
+        assert_eq!(cluster.model.problems(), problems, "{list}");
+        cluster.service("web", &guarded(list));
+        assert_eq!(cluster.model.problems(), problems, "said once");
+    }
+}
+
+#[test]
+fn source_ranges_of_a_service_that_has_no_load_balancer_ip_yet_are_kept_for_later() {
     let mut cluster = Cluster::new();
     cluster.web(
         "{type: LoadBalancer, clusterIP: 10.96.0.10, loadBalancerSourceRanges: [192.0.2.0/24], ports: [{port: 80}]}",
     );
-    assert_eq!(cluster.model.problems(), 1);
+    served(&cluster, &[("10.96.0.10:80", CLUSTER_IP)]);
+    assert!(ranges(&cluster).is_empty(), "nothing asks for them");
+    assert_eq!(cluster.service("web", &guarded("[192.0.2.0/24]")), keys(&["web"]));
+    assert_eq!(ranges(&cluster), ["192.0.2.0/24"]);
 }
 
 #[test]

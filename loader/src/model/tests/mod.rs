@@ -5,6 +5,7 @@ mod endpoints;
 mod frontends;
 mod health_checks;
 mod random;
+mod service_cidrs;
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,7 +1,7 @@
 //! Whatever the order of changes was, the outcome is that of the objects as they are, and the dirty sets named
 //! every Service that it differs for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
 use super::super::desired::{Protocol, ServiceKey, ServicePort, ServicePortName};
@@ -64,6 +64,7 @@ impl Random {
             cluster_ips: (0..self.small(3)).map(|_| self.address(96)).collect(),
             external_ips: (0..self.small(2)).map(|_| self.address(96)).collect(),
             load_balancer_ips: (0..self.small(2)).map(|_| self.address(97)).collect(),
+            source_ranges: self.one_in(2).then(BTreeSet::new),
             ports,
             internal_local: self.one_in(2),
             external_local: self.one_in(2),
@@ -147,6 +148,7 @@ impl Objects {
             Change::Node(node) if node.name == "here" => self.node = Some(node),
             Change::Node(_) => {}
             Change::NodeGone => self.node = None,
+            Change::ServiceCidr(_) | Change::ServiceCidrGone(_) | Change::ServiceCidrsReplaced(_) => {}
         }
     }
 

@@ -5,16 +5,24 @@ use std::time::Duration;
 
 const FIRST: Duration = Duration::from_millis(250);
 const LONGEST: Duration = Duration::from_secs(30);
+/// The longest wait for what may never be.
+const LONGEST_PATIENT: Duration = Duration::from_secs(300);
 
 /// The wait after the next failure.
 #[derive(Debug)]
 pub(super) struct Backoff {
     next: Duration,
+    longest: Duration,
 }
 
 impl Backoff {
     pub(super) const fn new() -> Self {
-        Self { next: FIRST }
+        Self { next: FIRST, longest: LONGEST }
+    }
+
+    /// For what may never work, so that asking for it weighs on nobody.
+    pub(super) const fn patient() -> Self {
+        Self { next: FIRST, longest: LONGEST_PATIENT }
     }
 
     /// It works again: the next failure waits briefly.
@@ -25,7 +33,7 @@ impl Backoff {
     /// Between half and all of the time that has doubled with each failure.
     pub(super) fn next(&mut self) -> Duration {
         let whole = self.next;
-        self.next = (whole * 2).min(LONGEST);
+        self.next = (whole * 2).min(self.longest);
         let random = RandomState::new().hash_one(0) % 1000;
         let part = u32::try_from(random).unwrap_or(0);
         whole / 2 + whole / 2 * part / 1000

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use futures::StreamExt;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use kube::runtime::watcher::{self, Event};
 use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
@@ -28,6 +29,9 @@ pub(super) trait Followed:
 {
     /// Its name, for people.
     const NAME: &'static str;
+    /// What is lost if the account may not read it, or the server has no such kind; `None` if there is nothing to do without
+    /// it.
+    const WITHOUT: Option<&'static str> = None;
     /// What is kept of it.
     type Trimmed: Send;
 
@@ -37,7 +41,7 @@ pub(super) trait Followed:
     fn listed(objects: Vec<Self::Trimmed>) -> Change;
 }
 
-/// Number of kinds: when each has been listed once, the source has synced.
+/// Number of kinds that there is nothing to do without: when each has been listed once, the source has synced.
 const KINDS: usize = 3;
 
 impl Followed for core::Service {
@@ -104,6 +108,28 @@ impl Followed for core::Node {
     }
 }
 
+impl Followed for networking::ServiceCIDR {
+    const NAME: &'static str = "ServiceCIDRs";
+    const WITHOUT: Option<&'static str> = Some("packets to service addresses that no Service has are not dropped");
+    type Trimmed = objects::ServiceCidr;
+
+    fn trim(&self) -> objects::ServiceCidr {
+        self.into()
+    }
+
+    fn present(object: objects::ServiceCidr) -> Change {
+        Change::ServiceCidr(object)
+    }
+
+    fn gone(&self) -> Change {
+        Change::ServiceCidrGone(self.metadata.name.clone().unwrap_or_default())
+    }
+
+    fn listed(objects: Vec<objects::ServiceCidr>) -> Change {
+        Change::ServiceCidrsReplaced(objects)
+    }
+}
+
 /// Where the objects go.
 pub(super) struct Follower {
     servers: Arc<Servers>,
@@ -122,7 +148,8 @@ impl Follower {
     /// Follows a kind until the receiver is gone.
     pub(super) async fn follow<K: Followed>(&self, config: watcher::Config) {
         let mut trouble = Trouble::new(K::NAME);
-        let mut synced = false;
+        let mut unreadable = None;
+        let mut synced = K::WITHOUT.is_some();
         loop {
             let mut events = pin!(watcher::watcher(Api::<K>::all(self.client.clone()), config.clone()));
             let mut listing = Vec::new();
@@ -148,12 +175,21 @@ impl Follower {
                         }
                         continue;
                     }
+                    Err(error) if K::WITHOUT.is_some() && is_unreadable(&error) => {
+                        if !self.do_without::<K>(&mut unreadable, &error).await {
+                            return;
+                        }
+                        break;
+                    }
                     Err(error) => {
                         tokio::time::sleep(trouble.report(self.servers.current(), &error)).await;
                         continue;
                     }
                 };
                 trouble.over(self.servers.current());
+                if unreadable.take().is_some() {
+                    tracing::info!(kind = K::NAME, server = self.servers.current(), "may be read after all");
+                }
                 let listed = matches!(
                     change,
                     Change::ServicesReplaced(_) | Change::SlicesReplaced(_) | Change::Node(_) | Change::NodeGone
@@ -172,6 +208,37 @@ impl Follower {
                 }
             }
         }
+    }
+
+    /// Reports once that there are none of a kind that may not be read, says so, and waits until it is time to look again.
+    /// False if the receiver is gone.
+    async fn do_without<K: Followed>(&self, unreadable: &mut Option<Backoff>, error: &watcher::Error) -> bool {
+        if unreadable.is_none() {
+            tracing::info!(
+                kind = K::NAME,
+                server = self.servers.current(),
+                error = chain(error),
+                without = K::WITHOUT,
+                "may not be read here; will look again now and then"
+            );
+            let none = SourceEvent::Changes(vec![K::listed(Vec::new())]);
+            if self.sender.send(none).await.is_err() {
+                return false;
+            }
+        }
+        tokio::time::sleep(unreadable.get_or_insert_with(Backoff::patient).next()).await;
+        true
+    }
+}
+
+/// The account may not read this kind, or the server doesn't have it.
+fn is_unreadable(error: &watcher::Error) -> bool {
+    match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status))
+        | watcher::Error::WatchError(status) => matches!(status.code, 403 | 404),
+        _ => false,
     }
 }
 

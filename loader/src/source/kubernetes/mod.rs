@@ -1,4 +1,4 @@
-//! The Kubernetes API as a source: three watches that outlive every trouble of the server.
+//! The Kubernetes API as a source: four watches that outlive every trouble of the server.
 //!
 //! [`servers`] finds the API servers and turns to the next one when one fails; [`follow`] lists and watches one kind
 //! of object; [`backoff`] says how long to wait. Objects are trimmed as they arrive; the selectors keep headless and
@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::Client;
 use kube::runtime::watcher;
 use tokio::sync::mpsc::Sender;
@@ -56,6 +57,7 @@ pub async fn run(
         () = follower.follow::<Service>(config().labels(SERVICES)) => {}
         () = follower.follow::<EndpointSlice>(config().labels(ENDPOINT_SLICES)) => {}
         () = follower.follow::<Node>(config().fields(&format!("metadata.name={node_name}"))) => {}
+        () = follower.follow::<ServiceCIDR>(config()) => {}
         () = sender.closed() => {}
     }
     Ok(())

@@ -101,6 +101,7 @@ impl Catalogue {
                     Object::Service(service) => Change::Service(service),
                     Object::Slice(slice) => Change::Slice(slice),
                     Object::Node(node) => Change::Node(node),
+                    Object::ServiceCidr(cidr) => Change::ServiceCidr(cidr),
                 });
             } else {
                 self.reported.remove(&key);
@@ -108,6 +109,7 @@ impl Catalogue {
                     Key::Service(key) => Change::ServiceGone(key),
                     Key::Slice(key) => Change::SliceGone(key),
                     Key::Node(_) => Change::NodeGone,
+                    Key::ServiceCidr(name) => Change::ServiceCidrGone(name),
                 });
             }
         }

@@ -6,13 +6,17 @@ use std::path::Path;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_saphyr::Spanned;
 
 use super::super::convert;
 use crate::model::desired::ServiceKey;
-use crate::model::objects::{EndpointSlice, Node, Service, SliceKey};
+use crate::model::objects::{EndpointSlice, Node, Service, ServiceCidr, SliceKey};
+
+/// apiVersion of ServiceCIDRs.
+const NETWORKING: &str = "networking.k8s.io/v1";
 
 /// How a file is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +45,7 @@ pub(super) enum Object {
     Service(Service),
     Slice(EndpointSlice),
     Node(Node),
+    ServiceCidr(ServiceCidr),
 }
 
 /// What makes an object the same object.
@@ -49,6 +54,7 @@ pub(super) enum Key {
     Service(ServiceKey),
     Slice(SliceKey),
     Node(String),
+    ServiceCidr(String),
 }
 
 impl Object {
@@ -57,6 +63,7 @@ impl Object {
             Self::Service(service) => Key::Service(service.key.clone()),
             Self::Slice(slice) => Key::Slice(slice.key.clone()),
             Self::Node(node) => Key::Node(node.name.clone()),
+            Self::ServiceCidr(cidr) => Key::ServiceCidr(cidr.name.clone()),
         }
     }
 }
@@ -67,6 +74,7 @@ impl Display for Key {
             Self::Service(key) => write!(f, "Service {key}"),
             Self::Slice(key) => write!(f, "EndpointSlice {key}"),
             Self::Node(name) => write!(f, "Node {name}"),
+            Self::ServiceCidr(name) => write!(f, "ServiceCIDR {name}"),
         }
     }
 }
@@ -164,7 +172,10 @@ fn read_document(document: &Document<'_>, objects: &mut Vec<Object>) -> Result<(
         ("v1", "Service") => objects.push(service(&document.parse()?, first_line())?),
         ("v1", "Node") => objects.push(node(&document.parse()?, first_line())?),
         ("discovery.k8s.io/v1", "EndpointSlice") => objects.push(slice(document.parse()?, first_line())?),
-        ("v1", "List" | "ServiceList" | "NodeList") | ("discovery.k8s.io/v1", "EndpointSliceList") => {
+        (NETWORKING, "ServiceCIDR") => objects.push(service_cidr(&document.parse()?, first_line())?),
+        ("v1", "List" | "ServiceList" | "NodeList")
+        | ("discovery.k8s.io/v1", "EndpointSliceList")
+        | (NETWORKING, "ServiceCIDRList") => {
             read_list(document, &header, objects)?;
         }
         (_, "") => return Err(Broken { line: first_line(), message: "a document without a kind".to_owned() }),
@@ -195,6 +206,9 @@ fn read_list(document: &Document<'_>, list: &Header, objects: &mut Vec<Object>) 
             ("v1", "Node") => objects.push(node(&serde_json::from_value(item).map_err(broken)?, line)?),
             ("discovery.k8s.io/v1", "EndpointSlice") => {
                 objects.push(slice(serde_json::from_value(item).map_err(broken)?, line)?);
+            }
+            (NETWORKING, "ServiceCIDR") => {
+                objects.push(service_cidr(&serde_json::from_value(item).map_err(broken)?, line)?);
             }
             (_, "") => return Err(Broken { line, message: "an item without a kind".to_owned() }),
             (api_version, kind) => tracing::debug!(api_version, kind, "a manifest of another kind"),
@@ -234,6 +248,11 @@ fn node(object: &core::Node, line: u64) -> Result<Object, Broken> {
     Ok(Object::Node(object.into()))
 }
 
+fn service_cidr(object: &networking::ServiceCIDR, line: u64) -> Result<Object, Broken> {
+    named(object.metadata.name.as_deref(), line)?;
+    Ok(Object::ServiceCidr(object.into()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -257,6 +276,29 @@ mod tests {
         assert_eq!(names(Format::Yaml, &text), ["Service default/web", "Node here"]);
         assert!(names(Format::Yaml, "").is_empty());
         assert!(names(Format::Yaml, "# nothing here\n").is_empty());
+    }
+
+    #[test]
+    fn service_cidrs_are_read_alone_and_in_a_list() {
+        let cidr = "metadata: {name: extra}\nspec: {cidrs: [10.97.0.1/16, 'fd00:97::/112', 10.96.0.0]}\n";
+        let alone = format!("apiVersion: networking.k8s.io/v1\nkind: ServiceCIDR\n{cidr}");
+        let list = format!("apiVersion: networking.k8s.io/v1\nkind: ServiceCIDRList\nitems:\n- {}", indented(cidr));
+        for text in [alone, list] {
+            let objects = read(Format::Yaml, &text).expect("a sound file");
+            let [Object::ServiceCidr(cidr)] = &objects[..] else { panic!("one ServiceCIDR in {text}") };
+            let networks: Vec<String> = cidr.networks.iter().map(ToString::to_string).collect();
+            assert_eq!(
+                (cidr.name.as_str(), networks),
+                ("extra", vec!["10.97.0.0/16".to_owned(), "fd00:97::/112".to_owned()])
+            );
+            let problems: Vec<&str> = cidr.problems.iter().map(|problem| problem.field.as_str()).collect();
+            assert_eq!(problems, ["spec.cidrs[2]"]);
+        }
+        assert_eq!(broken("apiVersion: networking.k8s.io/v1\nkind: ServiceCIDR\n").message, "metadata.name is missing");
+    }
+
+    fn indented(item: &str) -> String {
+        item.trim().replace('\n', "\n  ")
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! A folder of manifests as a source: Services, EndpointSlices and this Node in YAML or JSON files, followed with
-//! inotify.
+//! A folder of manifests as a source: Services, EndpointSlices, this Node and ServiceCIDRs in YAML or JSON files,
+//! followed with inotify.
 //!
 //! [`document`] reads a file's text, [`catalogue`] knows which file gives which object and what changed, [`watch`]
 //! says which files to look at again. Files in folders below, and those whose name begins with a dot, don't count.
@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use tokio::sync::mpsc::Sender;
 
 use super::{SourceError, SourceEvent};
+use crate::model::Change;
 use catalogue::Catalogue;
 use document::Format;
 use watch::{Touched, Watch};
@@ -58,7 +59,11 @@ async fn follow(directory: PathBuf, node_name: String, sender: &Sender<SourceEve
         for (name, text) in files {
             catalogue.see(&name, text);
         }
-        let changes = catalogue.take_changes();
+        let mut changes = catalogue.take_changes();
+        if !synced {
+            // A folder is all there is: if it names no ServiceCIDR, none is left.
+            changes.insert(0, Change::ServiceCidrsReplaced(Vec::new()));
+        }
         if !changes.is_empty() && sender.send(SourceEvent::Changes(changes)).await.is_err() {
             return Ok(());
         }
