@@ -278,6 +278,11 @@ impl Controller {
         [change, self.retry].into_iter().flatten().min()
     }
 
+    /// Something is not in the kernel as it should be because a write failed.
+    fn is_unfinished(&self) -> bool {
+        self.dataplane.is_unfinished() || self.service_cidrs_failure.is_some()
+    }
+
     const fn may_apply(&self) -> bool {
         self.source_synced && self.interfaces_synced
     }
@@ -314,7 +319,7 @@ impl Controller {
         }
         self.schedule_retry(retry);
         self.status.node(&self.model);
-        if !(self.may_apply() && self.has_changes() || self.dataplane.is_unfinished()) {
+        if !(self.may_apply() && self.has_changes() || self.is_unfinished()) {
             self.status.rest();
         }
     }
@@ -344,7 +349,7 @@ impl Controller {
         self.report(applied);
         self.tell_service_cidrs();
         self.status.passed(&self.model, dirty.iter(), started.elapsed(), written);
-        if !self.dataplane.is_unfinished() {
+        if !self.is_unfinished() {
             self.status.applied();
         }
         if first {
@@ -415,7 +420,7 @@ impl Controller {
     }
 
     fn schedule_retry(&mut self, retried: bool) {
-        if !self.dataplane.is_unfinished() && self.unattached.is_empty() && self.service_cidrs_failure.is_none() {
+        if !self.is_unfinished() && self.unattached.is_empty() {
             (self.retry, self.retry_delay) = (None, FIRST_RETRY);
         } else if self.retry.is_none() {
             if retried {

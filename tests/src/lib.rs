@@ -17,6 +17,7 @@ pub mod http;
 pub mod kube_api;
 pub mod kubectl;
 pub mod leftovers;
+pub mod log;
 pub mod manifests;
 pub mod netns;
 pub mod oracle;

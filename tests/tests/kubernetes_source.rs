@@ -13,6 +13,7 @@ use sheave::model::desired::ServiceKey;
 use sheave::source;
 use sheave_tests::follower::{Folder, Follower, HERE, PATIENCE};
 use sheave_tests::kube_api::{Gone, KubeApi, Resource, Verb};
+use sheave_tests::log::Log;
 use tokio::time::{Instant, timeout};
 
 fn kubeconfig(folder: &Folder, server: &str, token: &str) -> PathBuf {
@@ -259,6 +260,88 @@ async fn nothing_is_synced_before_every_kind_was_listed() {
     assert_eq!(running.synced, 0);
     api.heal();
     running.until("synced", |running| running.synced == 1).await;
+}
+
+fn service_cidr(name: &str, cidrs: &[&str]) -> Value {
+    json!({"kind": "ServiceCIDR", "metadata": {"name": name}, "spec": {"cidrs": cidrs}})
+}
+
+/// Where ClusterIPs come from; `None` as long as nobody has said so.
+fn service_cidrs(follower: &Follower) -> Option<Vec<String>> {
+    Some(follower.model.service_cidrs()?.iter().map(ToString::to_string).collect())
+}
+
+async fn until_service_cidrs(follower: &mut Follower, expected: &[&str]) {
+    let is = |cidrs: Vec<String>| cidrs.iter().eq(expected.iter());
+    follower.until(&format!("ServiceCIDRs {expected:?}"), |follower| service_cidrs(follower).is_some_and(is)).await;
+}
+
+/// Otherwise packets to service addresses that nobody has would leave the cluster, or be dropped after the range was given
+/// up.
+#[tokio::test]
+async fn service_cidrs_are_followed() {
+    let api = KubeApi::start().await;
+    api.apply(service_cidr("kubernetes", &["10.96.0.0/16", "fd00:96::/112"]));
+    let mut running = follow("cidrs", &api).await;
+    until_service_cidrs(&mut running, &["10.96.0.0/16", "fd00:96::/112"]).await;
+    api.apply(service_cidr("extra", &["10.97.0.0/16"]));
+    until_service_cidrs(&mut running, &["10.96.0.0/16", "10.97.0.0/16", "fd00:96::/112"]).await;
+    api.delete(Resource::ServiceCidrs, "", "kubernetes");
+    until_service_cidrs(&mut running, &["10.97.0.0/16"]).await;
+}
+
+/// Otherwise a node of a cluster that keeps ServiceCIDRs from its proxies, or is too old to have them, would serve nothing.
+#[tokio::test]
+async fn service_cidrs_that_may_not_be_read_keep_nobody_waiting_and_are_read_when_they_may_be() {
+    for status in [403, 404] {
+        let api = KubeApi::start().await;
+        api.apply(service("web"));
+        api.apply(service_cidr("kubernetes", &["10.96.0.0/16"]));
+        api.fail(Some(Resource::ServiceCidrs), status);
+        let log = Log::default();
+        let guard = log.follow();
+        let mut running = follow(&format!("unreadable-{status}"), &api).await;
+        assert_eq!(running.services(), BTreeSet::from(["web".to_owned()]));
+        until_service_cidrs(&mut running, &[]).await;
+        eventually("a third look", || api.count(Resource::ServiceCidrs, Verb::List) >= 3).await;
+        assert_eq!(log.lines_with("ServiceCIDRs").len(), 1, "{:?}", log.lines_with(""));
+        api.heal();
+        until_service_cidrs(&mut running, &["10.96.0.0/16"]).await;
+        drop(guard);
+    }
+}
+
+/// Otherwise a right that was taken away would leave a node dropping what may have become somebody else's address.
+#[tokio::test]
+async fn service_cidrs_that_may_no_longer_be_read_count_no_more() {
+    let api = KubeApi::start().await;
+    api.apply(service_cidr("kubernetes", &["10.96.0.0/16"]));
+    let mut running = follow("withdrawn", &api).await;
+    until_service_cidrs(&mut running, &["10.96.0.0/16"]).await;
+    eventually("a watch", || api.count(Resource::ServiceCidrs, Verb::Watch) >= 1).await;
+    api.fail(Some(Resource::ServiceCidrs), 403);
+    api.disconnect();
+    until_service_cidrs(&mut running, &[]).await;
+    api.heal();
+    until_service_cidrs(&mut running, &["10.96.0.0/16"]).await;
+}
+
+/// Otherwise a failing server would let packets out to service addresses that nobody has, until it is well again.
+#[tokio::test]
+async fn service_cidrs_of_a_server_that_fails_stay_known_and_at_the_start_unknown() {
+    let api = KubeApi::start().await;
+    api.apply(service_cidr("kubernetes", &["10.96.0.0/16"]));
+    api.fail(Some(Resource::ServiceCidrs), 500);
+    let mut running = follow("ill-cidrs", &api).await;
+    eventually("a second attempt", || api.count(Resource::ServiceCidrs, Verb::List) >= 2).await;
+    running.settle().await;
+    assert_eq!(service_cidrs(&running), None);
+    api.heal();
+    until_service_cidrs(&mut running, &["10.96.0.0/16"]).await;
+    api.fail(Some(Resource::ServiceCidrs), 500);
+    api.disconnect();
+    running.settle().await;
+    assert_eq!(service_cidrs(&running).map(|cidrs| cidrs.len()), Some(1));
 }
 
 /// Otherwise a failing API server would take down what already works.

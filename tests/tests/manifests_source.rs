@@ -5,13 +5,13 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;
-use std::io::{self, Write as _};
+use std::io::Write as _;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
 
 use sheave::model::Change;
 use sheave::source;
 use sheave_tests::follower::{Folder, Follower, HERE, PATIENCE};
+use sheave_tests::log::Log;
 use tokio::time::timeout;
 
 /// As editors save: a file beside it, moved over it.
@@ -33,33 +33,6 @@ fn service_at(name: &str, port: u16) -> String {
     format!(
         "apiVersion: v1\nkind: Service\nmetadata:\n  name: {name}\nspec:\n  clusterIP: 10.96.0.10\n  ports:\n  - port: {port}\n"
     )
-}
-
-/// What is logged on this thread. The tests' runtimes have one thread, so that is what their source says.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Log {
-    fn lines_with(&self, text: &str) -> Vec<String> {
-        let log = self.0.lock().expect("nobody panicked");
-        String::from_utf8_lossy(&log).lines().filter(|line| line.contains(text)).map(str::to_owned).collect()
-    }
-
-    fn follow(&self) -> tracing::subscriber::DefaultGuard {
-        let log = self.clone();
-        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || log.clone()).finish();
-        tracing::subscriber::set_default(subscriber)
-    }
-}
-
-impl io::Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().expect("nobody panicked").write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 fn start(directory: &Path) -> Follower {

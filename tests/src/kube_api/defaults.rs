@@ -24,7 +24,7 @@ pub(super) fn fill(
     match resource {
         Resource::Services => service(object, old, others),
         Resource::EndpointSlices => slice(object),
-        Resource::Nodes | Resource::Events => Ok(()),
+        Resource::Nodes | Resource::Events | Resource::ServiceCidrs => Ok(()),
         Resource::Namespaces => {
             default(&mut object["status"], "phase", json!("Active"));
             Ok(())

@@ -12,13 +12,14 @@ pub(super) fn document(path: &str) -> Option<Value> {
         let version = json!({"groupVersion": format!("{name}/v1"), "version": "v1"});
         json!({"name": name, "versions": [version], "preferredVersion": version})
     };
-    let groups = [group("discovery.k8s.io"), group("events.k8s.io")];
+    let groups = [group("discovery.k8s.io"), group("events.k8s.io"), group("networking.k8s.io")];
     Some(match path.trim_end_matches('/') {
         "/api" => json!({"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []}),
         "/apis" => json!({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}),
         "/api/v1" => resources("v1"),
         "/apis/discovery.k8s.io/v1" => resources("discovery.k8s.io/v1"),
         "/apis/events.k8s.io/v1" => resources("events.k8s.io/v1"),
+        "/apis/networking.k8s.io/v1" => resources("networking.k8s.io/v1"),
         "/version" => json!({"major": "1", "minor": "33", "gitVersion": "v1.33.0", "gitCommit": "",
             "gitTreeState": "clean", "buildDate": "2025-01-01T00:00:00Z", "goVersion": "", "compiler": "",
             "platform": "linux/amd64"}),

@@ -1,6 +1,6 @@
-//! An in-process Kubernetes API: Services, EndpointSlices, Nodes, Namespaces and Events over HTTP, as much of it as a
-//! controller meets (pages, selectors, watches with bookmarks, an end to history, servers that fail) and as `kubectl`
-//! needs to create, get, patch, replace and delete them.
+//! An in-process Kubernetes API: Services, EndpointSlices, Nodes, Namespaces, Events and ServiceCIDRs over HTTP, as much of
+//! it as a controller meets (pages, selectors, watches with bookmarks, an end to history, servers that fail) and as
+//! `kubectl` needs to create, get, patch, replace and delete them.
 //!
 //! It runs on a thread of its own, so everything here can be called from tests that are async and from those that are
 //! not. [`store`] keeps objects and their history, [`selector`] reads selectors, [`serve`] speaks HTTP; [`route`] says
@@ -139,8 +139,7 @@ impl KubeApi {
         version
     }
 
-    /// Deletes an object; one that isn't there stays gone. Nodes and Namespaces are in the
-    /// namespace "".
+    /// Deletes an object; one that isn't there stays gone. Nodes, Namespaces and ServiceCIDRs are in the namespace "".
     pub fn delete(&self, resource: Resource, namespace: &str, name: &str) {
         self.shared.store().delete(resource, namespace, name);
         self.shared.wake();

@@ -20,6 +20,7 @@ impl Route {
             ["api", "v1", rest @ ..] => ("v1", rest),
             ["apis", "discovery.k8s.io", "v1", rest @ ..] => ("discovery.k8s.io/v1", rest),
             ["apis", "events.k8s.io", "v1", rest @ ..] => ("events.k8s.io/v1", rest),
+            ["apis", "networking.k8s.io", "v1", rest @ ..] => ("networking.k8s.io/v1", rest),
             _ => return None,
         };
         let (namespace, rest) = match rest {
@@ -51,6 +52,8 @@ mod tests {
         assert_eq!(parse("/api/v1/namespaces/a/services"), Some((Resource::Services, some("a"), None)));
         let slice = "/apis/discovery.k8s.io/v1/namespaces/a/endpointslices/b";
         assert_eq!(parse(slice), Some((Resource::EndpointSlices, some("a"), some("b"))));
+        let cidr = "/apis/networking.k8s.io/v1/servicecidrs/b";
+        assert_eq!(parse(cidr), Some((Resource::ServiceCidrs, None, some("b"))));
         assert_eq!(parse("/api/v1/nodes/b/status"), Some((Resource::Nodes, None, some("b"))));
         assert_eq!(parse("/api/v1/namespaces/a"), Some((Resource::Namespaces, None, some("a"))));
         for path in

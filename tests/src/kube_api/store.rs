@@ -19,11 +19,13 @@ pub enum Resource {
     Namespaces,
     /// events.k8s.io/v1 Event
     Events,
+    /// networking.k8s.io/v1 ServiceCIDR
+    ServiceCidrs,
 }
 
 impl Resource {
-    pub(super) const ALL: [Self; 5] =
-        [Self::Services, Self::EndpointSlices, Self::Nodes, Self::Namespaces, Self::Events];
+    pub(super) const ALL: [Self; 6] =
+        [Self::Services, Self::EndpointSlices, Self::Nodes, Self::Namespaces, Self::Events, Self::ServiceCidrs];
 
     pub(super) const fn kind(self) -> &'static str {
         match self {
@@ -32,6 +34,7 @@ impl Resource {
             Self::Nodes => "Node",
             Self::Namespaces => "Namespace",
             Self::Events => "Event",
+            Self::ServiceCidrs => "ServiceCIDR",
         }
     }
 
@@ -42,13 +45,14 @@ impl Resource {
             Self::Nodes => "nodes",
             Self::Namespaces => "namespaces",
             Self::Events => "events",
+            Self::ServiceCidrs => "servicecidrs",
         }
     }
 
     pub(super) const fn short_names(self) -> &'static [&'static str] {
         match self {
             Self::Services => &["svc"],
-            Self::EndpointSlices => &[],
+            Self::EndpointSlices | Self::ServiceCidrs => &[],
             Self::Nodes => &["no"],
             Self::Namespaces => &["ns"],
             Self::Events => &["ev"],
@@ -60,6 +64,7 @@ impl Resource {
             Self::Services | Self::Nodes | Self::Namespaces => "v1",
             Self::EndpointSlices => "discovery.k8s.io/v1",
             Self::Events => "events.k8s.io/v1",
+            Self::ServiceCidrs => "networking.k8s.io/v1",
         }
     }
 
