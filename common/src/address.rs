@@ -57,6 +57,30 @@ impl Ipv4Address {
     }
 }
 
+impl Ipv6Address {
+    /// The address whose octets lie in memory as these words do.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_words(words: [u32; 4]) -> Self {
+        let [a, b, c, d] =
+            [words[0].to_ne_bytes(), words[1].to_ne_bytes(), words[2].to_ne_bytes(), words[3].to_ne_bytes()];
+        Self {
+            octets: [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]],
+        }
+    }
+
+    /// Whether a packet from this address can be answered by a router: it is not unspecified, loopback, multicast
+    /// (RFC 4291, 2.5) or link-local, which means nothing beyond its link.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_one_host(self) -> bool {
+        let o = &self.octets;
+        let high = u64::from_ne_bytes([o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7]]);
+        let low = u64::from_ne_bytes([o[8], o[9], o[10], o[11], o[12], o[13], o[14], o[15]]);
+        !(o[0] == 0xff || (o[0] == 0xfe && o[1] & 0xc0 == 0x80) || (high == 0 && (low == 0 || low == 1_u64.to_be())))
+    }
+}
+
 impl Address for Ipv4Address {
     type Fill = [u32; 0];
     const FILL: Self::Fill = [];

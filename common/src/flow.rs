@@ -3,7 +3,7 @@
 //! Flows come in pairs of mirror entries. For a key `k` with rewrite `r`, the sibling's key is `r` reversed (same
 //! protocol and edge) and its rewrite is `k` reversed, so that each half can find and recreate the other.
 
-use crate::{Ipv4Address, Ipv6Address};
+use crate::{Address, Ipv4Address, Ipv6Address};
 
 /// Source and destination of a packet of a known protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -103,6 +103,29 @@ pub mod flags {
     pub const HAIRPIN: u8 = 1 << 2;
 }
 
+impl<A: Copy> Tuple<A> {
+    /// Writes the tuple of packets in the other direction.
+    #[inline(always)]
+    pub const fn write_reversed(&self, place: &mut Self) {
+        place.source = self.destination;
+        place.destination = self.source;
+        place.source_port_be = self.destination_port_be;
+        place.destination_port_be = self.source_port_be;
+    }
+}
+
+impl<A: Address> Tuple<A> {
+    /// Whether this is the tuple of packets in the other direction.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_reverse_of(&self, other: &Self) -> bool {
+        self.source_port_be == other.destination_port_be
+            && self.destination_port_be == other.source_port_be
+            && self.source.words() == other.destination.words()
+            && self.destination.words() == other.source.words()
+    }
+}
+
 impl<A: Copy> FlowKey<A> {
     /// A key.
     #[inline(always)]
@@ -112,18 +135,45 @@ impl<A: Copy> FlowKey<A> {
 }
 
 impl<A: Copy> Flow<A> {
+    /// Writes the key of the mirror entry, given this entry's own key. Field by field: a value on the way would take as much
+    /// again of a BPF program's small stack.
+    #[inline(always)]
+    pub const fn write_sibling_key(&self, key: &FlowKey<A>, place: &mut FlowKey<A>) {
+        self.rewrite.write_reversed(&mut place.tuple);
+        place.edge = key.edge;
+        place.protocol = key.protocol;
+        place.reserved = key.reserved;
+    }
+
+    /// Writes the mirror entry, given this entry's own key.
+    #[inline(always)]
+    pub const fn write_sibling(&self, key: &FlowKey<A>, place: &mut Self) {
+        key.tuple.write_reversed(&mut place.rewrite);
+        place.service_id = self.service_id;
+        place.backend_id = self.backend_id;
+        place.last_seen = self.last_seen;
+        place.state = self.state;
+        place.flags = self.flags ^ flags::REPLY;
+        place.closing = self.closing;
+        place.reserved = 0;
+    }
+
     /// Key of the mirror entry, given this entry's own key.
     #[inline(always)]
     #[must_use]
     pub const fn sibling_key(&self, key: &FlowKey<A>) -> FlowKey<A> {
-        FlowKey::new(self.rewrite.reversed(), key.protocol, key.edge)
+        let mut sibling = *key;
+        self.write_sibling_key(key, &mut sibling);
+        sibling
     }
 
     /// The mirror entry, given this entry's own key.
     #[inline(always)]
     #[must_use]
     pub const fn sibling(&self, key: &FlowKey<A>) -> Self {
-        Self { rewrite: key.tuple.reversed(), flags: self.flags ^ flags::REPLY, ..*self }
+        let mut sibling = *self;
+        self.write_sibling(key, &mut sibling);
+        sibling
     }
 }
 

@@ -14,6 +14,7 @@ pub mod backend;
 pub mod checksum;
 pub mod config;
 pub mod counter;
+pub mod crc32c;
 pub mod drop_reason;
 pub mod features;
 pub mod flow;

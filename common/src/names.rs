@@ -31,6 +31,9 @@ pub const MAPS: &[&str] = &[
     REJECT_BUDGET,
 ];
 
+/// Maps that are not pinned: memory of one program run.
+pub const PRIVATE: &[&str] = &["scratch4", "scratch6"];
+
 macro_rules! names {
     ($($constant:ident = $name:literal : $meaning:literal;)+) => {
         $( #[doc = $meaning] pub const $constant: &str = $name; )+

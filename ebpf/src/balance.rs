@@ -1,5 +1,7 @@
 //! From a frontend to a backend: policy, affinity, choice.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use sheave_common::DropReason;
 use sheave_common::affinity::{Affinity, AffinityKey};
@@ -41,13 +43,18 @@ fn set(frontend: &Frontend, origin: Origin) -> (BackendSet, bool) {
     (if local { frontend.local } else { frontend.cluster }, local)
 }
 
-/// Chooses a backend for a new connection to the frontend `key` and remembers it where the service has affinity.
+/// Chooses a backend for a new connection to the frontend `key`, and remembers it where the service has affinity.
 #[inline(always)]
-pub fn choose<A: Family>(key: &FrontendKey<A>, origin: Origin, client: &A, now: u32) -> Result<Choice<A>, DropReason> {
-    let mut choice = core::mem::MaybeUninit::uninit();
-    choose_into(key, origin, client, now, &mut choice)?;
+pub fn choose<'a, A: Family>(
+    key: &FrontendKey<A>,
+    origin: Origin,
+    client: &A,
+    now: u32,
+    choice: &'a mut MaybeUninit<Choice<A>>,
+) -> Result<&'a Choice<A>, DropReason> {
+    choose_into(key, origin, client, now, choice)?;
     // SAFETY: `choose_into` fills it whenever it succeeds.
-    Ok(unsafe { choice.assume_init() })
+    Ok(unsafe { choice.assume_init_ref() })
 }
 
 /// A function of its own in the kernel too: new connections are rare enough, and the caller's stack is short.
@@ -57,7 +64,7 @@ fn choose_into<A: Family>(
     origin: Origin,
     client: &A,
     now: u32,
-    choice: &mut core::mem::MaybeUninit<Choice<A>>,
+    choice: &mut MaybeUninit<Choice<A>>,
 ) -> Result<(), DropReason> {
     for _ in 0..ATTEMPTS {
         let frontend = versioned::frontend(key)?.ok_or(DropReason::BackendMissing)?;

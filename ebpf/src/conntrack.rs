@@ -1,88 +1,123 @@
 //! Flows: finding them, keeping their state, and making them.
+//!
+//! TCP and SCTP are connections, with states and a half-open map; SCTP's chunks come as TCP's flags
+//! ([`crate::packet::transport::sctp_flags`]). UDP is not.
 
 use core::mem::MaybeUninit;
 
 use sheave_common::config::Config;
-use sheave_common::flow::{Flow, FlowKey, closing, flags, state};
+use sheave_common::flow::{Flow, FlowKey, Tuple, closing, flags, state};
 use sheave_common::frontend::FrontendKey;
-use sheave_common::{PROTOCOL_TCP, PROTOCOL_UDP};
+use sheave_common::{Ipv4Address, Ipv6Address, PROTOCOL_UDP};
 
 use crate::edge::Direction;
 use crate::features;
 use crate::maps::{self, ANY, Family, NOEXIST, Table};
 use crate::packet::Packet;
 use crate::packet::transport::flags as tcp;
+use crate::scratch::scratch;
 use crate::versioned;
 
-/// Whether a flow has been idle for longer than its state allows.
-#[inline(always)]
-pub fn expired<A>(flow: &Flow<A>, protocol: u8, now: u32, config: &Config) -> bool {
-    let timeouts = &config.timeouts;
-    let timeout = if protocol == PROTOCOL_UDP {
-        if flow.state == state::ESTABLISHED { timeouts.udp_established } else { timeouts.udp_new }
-    } else if flow.closing & closing::RESET != 0 {
-        timeouts.reset
-    } else if flow.closing != 0 {
-        timeouts.closing
-    } else if flow.state == state::ESTABLISHED {
-        timeouts.established
-    } else {
-        timeouts.syn
-    };
-    features::elapsed(flow.last_seen, now) > timeout
+/// What changes in a flow's life.
+#[derive(Clone, Copy)]
+struct Life {
+    last_seen: u32,
+    state: u8,
+    closing: u8,
 }
 
-/// Whether a flow's connection is over: reset, or closed by both sides.
-#[inline(always)]
-pub fn closed<A>(flow: &Flow<A>) -> bool {
-    const BOTH: u8 = closing::CLIENT_FIN | closing::BACKEND_FIN;
-    flow.closing & closing::RESET != 0 || flow.closing & BOTH == BOTH
+impl Life {
+    /// Of a flow in its map.
+    ///
+    /// # Safety
+    ///
+    /// `element` is a map value of this program run.
+    #[inline(always)]
+    unsafe fn of<A>(element: *const Flow<A>) -> Self {
+        // SAFETY: by the caller's promise the pointer is a map value; each field is a whole word or byte.
+        unsafe {
+            Self {
+                last_seen: (&raw const (*element).last_seen).read_volatile(),
+                state: (&raw const (*element).state).read_volatile(),
+                closing: (&raw const (*element).closing).read_volatile(),
+            }
+        }
+    }
+
+    /// Whether the flow has been idle for longer than its state allows.
+    #[inline(always)]
+    fn expired(self, protocol: u8, now: u32, config: &Config) -> bool {
+        let timeouts = &config.timeouts;
+        let timeout = if protocol == PROTOCOL_UDP {
+            if self.state == state::ESTABLISHED { timeouts.udp_established } else { timeouts.udp_new }
+        } else if self.closing & closing::RESET != 0 {
+            timeouts.reset
+        } else if self.closing != 0 {
+            timeouts.closing
+        } else if self.state == state::ESTABLISHED {
+            timeouts.established
+        } else {
+            timeouts.syn
+        };
+        features::elapsed(self.last_seen, now) > timeout
+    }
+
+    /// Whether the flow's connection is over: reset, or closed by both sides.
+    #[inline(always)]
+    fn closed(self) -> bool {
+        const BOTH: u8 = closing::CLIENT_FIN | closing::BACKEND_FIN;
+        self.closing & closing::RESET != 0 || self.closing & BOTH == BOTH
+    }
 }
 
-/// Finds the flow of a packet and keeps its state up to date. `None` is a miss, which includes flows that no longer count:
+/// Whether a flow in its map rewrites to the reverse of a tuple, that is, belongs to packets of that tuple as their sibling.
+///
+/// # Safety
+///
+/// `element` is a map value of this program run.
+#[inline(always)]
+unsafe fn turns_back<A: Family>(element: *const Flow<A>, tuple: &Tuple<A>) -> bool {
+    // SAFETY: by the caller's promise the pointer is a map value. A rewrite never changes; an element that is being
+    // recycled is one that was just evicted, which any check may miss by a moment.
+    unsafe { &(*element).rewrite }.is_reverse_of(tuple)
+}
+
+/// Finds the flow of a packet and keeps its state up to date; false is a miss, which includes flows that no longer count:
 /// expired ones; a SYN's or a datagram's flow whose backend left every set, or whose frontend is another service's by now;
 /// a SYN's flow that is closing; and flows whose packets travel the other way, which a sender on the wrong side must not
 /// change.
 ///
-/// The flow is a copy: the element may be evicted and reused at any time.
-#[inline(always)]
-pub fn find<A: Family>(packet: &Packet<A>, direction: Direction, now: u32) -> Option<Flow<A>> {
-    let mut flow = MaybeUninit::uninit();
-    // SAFETY: `find_into` fills it whenever it says so.
-    find_into(packet, direction, now, &mut flow).then(|| unsafe { flow.assume_init() })
-}
-
-/// A function of its own in the kernel too: what it needs of the stack is free again when the packet is translated.
+/// `result` is filled if it is a hit. It is a copy: the element may be evicted and reused at any time. A function of its own
+/// in the kernel too: what it needs of the stack is free again when the packet is translated.
 #[inline(never)]
-fn find_into<A: Family>(packet: &Packet<A>, direction: Direction, now: u32, result: &mut MaybeUninit<Flow<A>>) -> bool {
+pub fn find<A: Family>(packet: &Packet<A>, direction: Direction, now: u32, result: &mut MaybeUninit<Flow<A>>) -> bool {
     let Some(config) = maps::config() else { return false };
     let key = &packet.key;
     let (element, table) = match A::flow(Table::Established, key) {
         Some(element) => (element, Table::Established),
-        None if key.protocol == PROTOCOL_TCP => match A::flow(Table::HalfOpen, key) {
+        None if key.protocol != PROTOCOL_UDP => match A::flow(Table::HalfOpen, key) {
             Some(element) => (element, Table::HalfOpen),
             None => return false,
         },
         None => return false,
     };
     // SAFETY: a map value stays readable while the program runs.
-    let flow = unsafe { maps::copy(element) };
-    if !direction.applies(flow.flags) || !counts(&flow, packet, now, config) {
+    let flow = result.write(unsafe { maps::copy(element) });
+    if !direction.applies(flow.flags) || !counts(flow, packet, now, config) {
         return false;
     }
-    keep(element, &flow, packet, now, table);
-    result.write(flow);
+    keep(element, flow, packet, now, table);
     true
 }
 
 /// Whether a flow still counts for this packet.
 #[inline(always)]
 fn counts<A: Family>(flow: &Flow<A>, packet: &Packet<A>, now: u32, config: &Config) -> bool {
-    if expired(flow, packet.key.protocol, now, config) {
+    let life = Life { last_seen: flow.last_seen, state: flow.state, closing: flow.closing };
+    if life.expired(packet.key.protocol, now, config) {
         return false;
     }
-    let opens =
-        if packet.key.protocol == PROTOCOL_TCP { packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN } else { true };
+    let opens = packet.key.protocol == PROTOCOL_UDP || packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
     if flow.flags & flags::REPLY != 0 || !opens {
         return true;
     }
@@ -93,7 +128,7 @@ fn counts<A: Family>(flow: &Flow<A>, packet: &Packet<A>, now: u32, config: &Conf
 
 /// Writes what a packet changes in its flow. Most packets change nothing: `last_seen` moves once a second.
 #[inline(always)]
-fn keep<A: Family>(element: *mut Flow<A>, flow: &Flow<A>, packet: &Packet<A>, now: u32, table: Table) {
+fn keep<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, packet: &Packet<A>, now: u32, table: Table) {
     let reply = flow.flags & flags::REPLY != 0;
     let mut state = flow.state;
     let mut closing = flow.closing;
@@ -120,11 +155,10 @@ fn keep<A: Family>(element: *mut Flow<A>, flow: &Flow<A>, packet: &Packet<A>, no
         }
     }
     if state != flow.state || closing != flow.closing || now != flow.last_seen {
-        let mut changed = *flow;
-        changed.state = state;
-        changed.closing = closing;
-        changed.last_seen = now;
-        change(element, &mut changed, &packet.key, table);
+        flow.state = state;
+        flow.closing = closing;
+        flow.last_seen = now;
+        change(element, flow, &packet.key, table);
     }
 }
 
@@ -135,26 +169,25 @@ fn keep<A: Family>(element: *mut Flow<A>, flow: &Flow<A>, packet: &Packet<A>, no
 /// `state` only rises and bits of `closing` are only set, and here both halves come to know what one of them does.
 #[inline(never)]
 fn change<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, key: &FlowKey<A>, table: Table) {
-    let sibling_key = flow.sibling_key(key);
-    let mirror = A::flow(table, &sibling_key);
+    let Some(sibling_key) = sibling_key(flow, key) else { return };
+    let mirror = A::flow(table, sibling_key);
     // Only a true mirror is touched: after a port was reused the other half may belong to another flow.
     // SAFETY: a map value stays readable memory while the program runs.
-    let names_this =
-        mirror.is_some_and(|other| unsafe { (&raw const (*other).rewrite).read_volatile() }.reversed() == key.tuple);
+    let names_this = mirror.is_some_and(|other| unsafe { turns_back(other, &key.tuple) });
     if let Some(other) = mirror
         && names_this
     {
         // SAFETY: as above.
         unsafe { unite(flow, other) };
     }
-    let sibling = flow.sibling(key);
+    let Some(sibling) = sibling(flow, key) else { return };
     if table == Table::HalfOpen && flow.state == state::ESTABLISHED {
         // The established map first: a packet that comes between the two steps finds one or the other.
         if A::insert_flow(Table::Established, key, flow, ANY).is_ok()
-            && A::insert_flow(Table::Established, &sibling_key, &sibling, ANY).is_ok()
+            && A::insert_flow(Table::Established, sibling_key, sibling, ANY).is_ok()
         {
             A::remove_flow(Table::HalfOpen, key);
-            A::remove_flow(Table::HalfOpen, &sibling_key);
+            A::remove_flow(Table::HalfOpen, sibling_key);
             return;
         }
     }
@@ -165,11 +198,35 @@ fn change<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, key: &FlowKey<A>
         Some(other) if names_this => unsafe { write(other, flow) },
         Some(_) => {}
         // The client's port already carries a new connection, which a half of this one would hide.
-        None if table == Table::Established && A::flow(Table::HalfOpen, &sibling_key).is_some() => {}
+        None if table == Table::Established && A::flow(Table::HalfOpen, sibling_key).is_some() => {}
         None => {
             // The half was evicted. Losing this race, or having no room, only means that the next second tries again.
-            let _ = A::insert_flow(table, &sibling_key, &sibling, NOEXIST);
+            let _ = A::insert_flow(table, sibling_key, sibling, NOEXIST);
         }
+    }
+}
+
+/// [`Flow::sibling_key`] in this CPU's scratch.
+#[inline(always)]
+fn sibling_key<A: Family>(flow: &Flow<A>, key: &FlowKey<A>) -> Option<&'static FlowKey<A>> {
+    let scratch = scratch::<A>()?;
+    // SAFETY: the scratch is this run's alone, and of its fields this one is written by each function before it reads it.
+    unsafe {
+        let place = &mut (*scratch).sibling_key;
+        flow.write_sibling_key(key, place);
+        Some(place)
+    }
+}
+
+/// [`Flow::sibling`] in this CPU's scratch.
+#[inline(always)]
+fn sibling<A: Family>(flow: &Flow<A>, key: &FlowKey<A>) -> Option<&'static Flow<A>> {
+    let scratch = scratch::<A>()?;
+    // SAFETY: as in `sibling_key`.
+    unsafe {
+        let place = &mut (*scratch).sibling;
+        flow.write_sibling(key, place);
+        Some(place)
     }
 }
 
@@ -207,28 +264,49 @@ unsafe fn write<A: Copy>(element: *mut Flow<A>, flow: &Flow<A>) {
     }
 }
 
+/// [`claim`] and [`insert`] for the new flow in this CPU's scratch. Global functions in the kernel, whose verifier looks at
+/// them once and not once for every port that is tried; so they take nothing but numbers.
+macro_rules! claims {
+    ($($name:ident: $address:ty;)+) => {
+        $(
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            pub extern "C" fn $name(keep_closed: u32, now: u32) -> u32 {
+                let Some(scratch) = scratch::<$address>() else { return 0 };
+                // SAFETY: the scratch is this run's alone; `create` has filled both, and nothing else writes them meanwhile.
+                let (forward, flow) = unsafe { (&(*scratch).forward, (*scratch).new_flow.assume_init_ref()) };
+                u32::from(claim(forward, flow, keep_closed != 0, now) && insert(forward, flow))
+            }
+        )+
+    };
+}
+
+claims! {
+    claim_and_insert4: Ipv4Address;
+    claim_and_insert6: Ipv6Address;
+}
+
 /// Whether the reply tuple of a new flow is free: nobody has it, or what has it is this client's own earlier flow, or over.
 /// What is in the way and over is removed.
 ///
 /// `keep_closed`: flows that are closed but not yet expired count as taken, so that a backend which still remembers the
 /// old connection (TIME-WAIT) does not get a new one on the same tuple.
 #[inline(always)]
-pub fn claim<A: Family>(forward: &FlowKey<A>, flow: &Flow<A>, keep_closed: bool, now: u32) -> bool {
+fn claim<A: Family>(forward: &FlowKey<A>, flow: &Flow<A>, keep_closed: bool, now: u32) -> bool {
     vacate(Table::Established, forward, flow, keep_closed, now)
-        && (forward.protocol != PROTOCOL_TCP || vacate(Table::HalfOpen, forward, flow, keep_closed, now))
+        && (forward.protocol == PROTOCOL_UDP || vacate(Table::HalfOpen, forward, flow, keep_closed, now))
 }
 
 /// [`claim`] for one map. A function of its own in the kernel too, for its stack.
 #[inline(never)]
 fn vacate<A: Family>(table: Table, forward: &FlowKey<A>, flow: &Flow<A>, keep_closed: bool, now: u32) -> bool {
     let Some(config) = maps::config() else { return false };
-    let reply = flow.sibling_key(forward);
-    let Some(element) = A::flow(table, &reply) else { return true };
+    let Some(reply) = sibling_key(flow, forward) else { return false };
+    let Some(element) = A::flow(table, reply) else { return true };
     // SAFETY: a map value stays readable while the program runs.
-    let other = unsafe { maps::copy(element) };
-    let own = other.rewrite == forward.tuple.reversed();
-    if own || expired(&other, reply.protocol, now, config) || (!keep_closed && closed(&other)) {
-        A::remove_flow(table, &reply);
+    let (own, life) = unsafe { (turns_back(element, &forward.tuple), Life::of(element)) };
+    if own || life.expired(reply.protocol, now, config) || (!keep_closed && life.closed()) {
+        A::remove_flow(table, reply);
         return true;
     }
     false
@@ -237,9 +315,12 @@ fn vacate<A: Family>(table: Table, forward: &FlowKey<A>, flow: &Flow<A>, keep_cl
 /// Inserts both halves of a new flow; the reply key has been claimed. False if another CPU was faster or there is no room.
 /// A function of its own in the kernel too, for its stack.
 #[inline(never)]
-pub fn insert<A: Family>(forward: &FlowKey<A>, flow: &Flow<A>) -> bool {
-    let table = if forward.protocol == PROTOCOL_TCP { Table::HalfOpen } else { Table::Established };
-    if A::insert_flow(table, &flow.sibling_key(forward), &flow.sibling(forward), NOEXIST).is_err() {
+fn insert<A: Family>(forward: &FlowKey<A>, flow: &Flow<A>) -> bool {
+    let table = if forward.protocol == PROTOCOL_UDP { Table::Established } else { Table::HalfOpen };
+    let (Some(sibling_key), Some(sibling)) = (sibling_key(flow, forward), sibling(flow, forward)) else {
+        return false;
+    };
+    if A::insert_flow(table, sibling_key, sibling, NOEXIST).is_err() {
         return false;
     }
     if table == Table::HalfOpen {

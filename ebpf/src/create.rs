@@ -3,16 +3,17 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::helpers::bpf_get_prandom_u32;
+use sheave_common::DropReason;
 use sheave_common::backend::flags as backend_flags;
-use sheave_common::flow::{Flow, Tuple, flags, state};
+use sheave_common::flow::{Flow, flags, state};
 use sheave_common::frontend::FrontendKey;
-use sheave_common::{DropReason, Ipv4Address};
 
 use crate::balance::{self, Origin};
 use crate::context::Context;
-use crate::maps::{self, Family};
 use crate::packet::Packet;
-use crate::{conntrack, observe, route};
+use crate::packet::network::Network;
+use crate::scratch::scratch;
+use crate::{maps, observe, route};
 
 /// How many source ports are tried before the connection is refused. Later tries also take ports whose last connection is
 /// closed but may be remembered by the backend.
@@ -22,45 +23,77 @@ const POLITE_ATTEMPTS: u32 = 16;
 /// Makes the flow of a packet to a frontend and inserts both halves.
 /// `result` is filled if it succeeds. A function of its own in the kernel too, so that its stack is not the fast path's.
 #[inline(never)]
-pub fn flow<C: Context>(
+pub fn flow<C: Context, A: Network>(
     ctx: &C,
-    packet: &Packet<Ipv4Address>,
+    packet: &Packet<A>,
     origin: Origin,
     now: u32,
-    result: &mut MaybeUninit<Flow<Ipv4Address>>,
+    result: &mut MaybeUninit<Flow<A>>,
 ) -> Result<(), DropReason> {
+    let scratch = scratch::<A>().ok_or(DropReason::RewriteFailed)?;
+    // SAFETY: the scratch is this run's alone, and these two fields are used here and by `claim_and_insert` only.
+    let (forward, new_flow) = unsafe { (&mut (*scratch).forward, &mut (*scratch).new_flow) };
+    maps::copy_words(&packet.key, forward);
+    let flow = toward_backend(packet, origin, now, new_flow)?;
+    if flow.flags & flags::REDIRECT != 0 {
+        route::source(ctx, &mut flow.rewrite, packet.key.protocol)?;
+    }
+    claim_port::<A>(flow, now)?;
+    maps::copy_words(&*flow, result.as_mut_ptr());
+    Ok(())
+}
+
+/// A flow to a backend, with the client's own port, and with its own address unless it is a hairpin.
+#[inline(always)]
+fn toward_backend<'a, A: Network>(
+    packet: &Packet<A>,
+    origin: Origin,
+    now: u32,
+    result: &'a mut MaybeUninit<Flow<A>>,
+) -> Result<&'a mut Flow<A>, DropReason> {
     let config = maps::config().ok_or(DropReason::RewriteFailed)?;
     let key = &packet.key;
     let client = &key.tuple.source;
     let frontend = FrontendKey::new(key.tuple.destination, key.tuple.destination_port_be, key.protocol);
-    let choice = balance::choose(&frontend, origin, client, now)?;
+    let scratch = scratch::<A>().ok_or(DropReason::RewriteFailed)?;
+    // SAFETY: the scratch is this run's alone, and nothing else of it is touched here.
+    let choice = balance::choose(&frontend, origin, client, now, unsafe { &mut (*scratch).choice })?;
     let backend = &choice.backend;
-    let mut rewrite = Tuple {
-        source: *client,
-        destination: backend.address,
-        source_port_be: key.tuple.source_port_be,
-        destination_port_be: backend.port_be,
-    };
-    let mut flow_flags = 0;
-    if origin == Origin::Inside && backend.address == *client {
-        rewrite.source = Ipv4Address::hairpin(config);
-        flow_flags = flags::HAIRPIN;
+    let hairpin = origin == Origin::Inside && backend.address == *client;
+    let flow_flags = if hairpin {
+        flags::HAIRPIN
     } else if origin == Origin::Outside && backend.flags & backend_flags::LOCAL == 0 {
-        rewrite.source = route::source(ctx, &rewrite, key.protocol)?;
-        flow_flags = flags::REDIRECT;
-    }
-    let mut flow = Flow {
-        rewrite,
-        service_id: backend.service_id,
-        backend_id: choice.id,
-        last_seen: now,
-        state: state::NEW,
-        flags: flow_flags,
-        closing: 0,
-        reserved: 0,
+        flags::REDIRECT
+    } else {
+        0
     };
-    // SNAT to an address of this node must not use a client's port number, which may be a local socket's; elsewhere the
-    // port moves only if another flow has the tuple.
+    let flow = result.as_mut_ptr();
+    // Field by field: a value on the way would take as much again of the stack.
+    // SAFETY: the place is a flow's, and every field is written before it is read.
+    unsafe {
+        let rewrite = &raw mut (*flow).rewrite;
+        (&raw mut (*rewrite).source).write(if hairpin { A::hairpin(config) } else { *client });
+        (&raw mut (*rewrite).destination).write(backend.address);
+        (&raw mut (*rewrite).source_port_be).write(key.tuple.source_port_be);
+        (&raw mut (*rewrite).destination_port_be).write(backend.port_be);
+        (&raw mut (*flow).service_id).write(backend.service_id);
+        (&raw mut (*flow).backend_id).write(choice.id);
+        (&raw mut (*flow).last_seen).write(now);
+        (&raw mut (*flow).state).write(state::NEW);
+        (&raw mut (*flow).flags).write(flow_flags);
+        (&raw mut (*flow).closing).write(0);
+        (&raw mut (*flow).reserved).write(0);
+        Ok(result.assume_init_mut())
+    }
+}
+
+/// Claims a reply tuple and inserts both halves.
+///
+/// SNAT to an address of this node must not use a client's port number, which may be a local socket's; elsewhere the port
+/// moves only if another flow has the tuple.
+#[inline(always)]
+fn claim_port<A: Network>(flow: &mut Flow<A>, now: u32) -> Result<(), DropReason> {
+    let config = maps::config().ok_or(DropReason::RewriteFailed)?;
     let first = u32::from(config.snat_port_first);
     let range = u32::from(config.snat_port_last).wrapping_sub(first).wrapping_add(1);
     if range == 0 || range > 65_536 {
@@ -75,9 +108,8 @@ pub fn flow<C: Context>(
             flow.rewrite.source_port_be = (port as u16).to_be();
         }
         let keep_closed = moved && attempt < POLITE_ATTEMPTS;
-        if conntrack::claim(key, &flow, keep_closed, now) && conntrack::insert(key, &flow) {
+        if A::claim_and_insert(keep_closed, now) {
             observe::connection(flow.service_id);
-            result.write(flow);
             return Ok(());
         }
     }

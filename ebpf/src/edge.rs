@@ -2,31 +2,19 @@
 
 use core::mem::MaybeUninit;
 
-use aya_ebpf::bindings::TC_ACT_SHOT;
 use sheave_common::config::flags as config_flags;
 use sheave_common::flow::{EDGE_UPLINK, Flow, flags};
 use sheave_common::frontend::{FrontendKey, flags as frontend_flags};
-use sheave_common::{DropReason, Ipv4Address, PROTOCOL_TCP};
+use sheave_common::{DropReason, PROTOCOL_UDP};
 
 use crate::balance::Origin;
 use crate::context::{Addressee, Context};
 use crate::maps::{self, Family};
+use crate::packet::network::Network;
 use crate::packet::transport::flags as tcp;
-use crate::packet::{Kind, Packet, ipv4};
-use crate::{conntrack, create, features, forward, icmp, observe, reject, translate};
-
-/// What becomes of a packet.
-#[derive(Clone, Copy)]
-pub enum Verdict {
-    /// Other programs and the stack go on with it, translated or not.
-    Pass,
-    /// It ends here, and is counted.
-    Drop(DropReason),
-    /// The action that a helper returned (redirects).
-    Action(i32),
-    /// XDP only: out of the interface that it came in by.
-    Transmit,
-}
+use crate::packet::{Kind, Packet, Part};
+use crate::verdict::{FLOW, Verdict};
+use crate::{conntrack, create, features, forward, fragment, icmp, observe, reject};
 
 /// Which way packets of a hook travel.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -47,97 +35,139 @@ impl Direction {
     }
 }
 
-/// A packet that enters from a pod, or from an uplink or tunnel.
-#[inline(always)]
-pub fn ingress<C: Context>(ctx: &C, network: u32, origin: Origin) -> Verdict {
-    let mut packet = Packet::blank();
-    let verdict = enter(ctx, network, origin, &mut packet);
-    observe::decision(ctx, &packet, verdict);
-    verdict
+/// A packet that enters from a pod, or from an uplink or tunnel. A function of its own in the kernel too, as a verdict's bits:
+/// a program has one for each family, and only one of them needs stack.
+#[inline(never)]
+pub fn ingress<C: Context, A: Network>(ctx: &C, network: u32, origin: Origin) -> u64 {
+    let verdict = A::with_room(|packet, flow| {
+        let kind = A::parse(ctx, network, edge(ctx, origin), packet);
+        if kind == Kind::NotOurs {
+            return Verdict::Pass;
+        }
+        // SAFETY: `parse` fills it unless it says so.
+        let packet = unsafe { packet.assume_init_mut() };
+        let verdict = enter(ctx, kind, packet, origin, flow);
+        observe::decision(ctx, packet, verdict);
+        verdict
+    });
+    verdict.unwrap_or(Verdict::Pass).to_bits()
 }
 
 #[inline(always)]
-fn enter<C: Context>(ctx: &C, network: u32, origin: Origin, packet: &mut Packet<Ipv4Address>) -> Verdict {
+fn enter<C: Context, A: Network>(
+    ctx: &C,
+    kind: Kind,
+    packet: &mut Packet<A>,
+    origin: Origin,
+    flow: &mut MaybeUninit<Flow<A>>,
+) -> Verdict {
     match ctx.addressee() {
         Addressee::Us => {}
         // A pod's veth may be a bridge port, and its frames go to the bridge.
         Addressee::AnotherHost if origin == Origin::Inside => {}
         _ => return Verdict::Pass,
     }
-    match ipv4::parse(ctx, network, edge(ctx, origin), packet) {
-        Kind::Transport => {}
-        _ if C::XDP => return Verdict::Pass,
-        Kind::NotOurs => return Verdict::Pass,
-        Kind::Malformed => return malformed(packet),
-        Kind::IcmpError => {
-            return icmp::error(ctx, packet, Direction::Ingress)
-                .unwrap_or_else(|| unsupported(packet, DropReason::UnsupportedProtocol));
-        }
-        Kind::Fragment => return unsupported(packet, DropReason::Fragment),
-        Kind::Other => return unsupported(packet, DropReason::UnsupportedProtocol),
+    if C::XDP && (kind != Kind::Transport || packet.part != Part::Whole) {
+        return Verdict::Pass;
     }
     let now = features::now();
-    let flow = match conntrack::find(packet, Direction::Ingress, now) {
-        Some(flow) => flow,
-        None => {
-            let mut flow = MaybeUninit::uninit();
-            match miss(ctx, packet, origin, now, &mut flow) {
-                // SAFETY: `miss` fills it whenever it says so.
-                CREATED => unsafe { flow.assume_init() },
-                verdict => return Verdict::from_bits(verdict),
-            }
-        }
-    };
-    apply(ctx, packet, &flow)
-}
-
-/// A packet that leaves to a pod, or by an uplink or tunnel. Frontends are never looked at, flows never made.
-#[inline(always)]
-pub fn egress<C: Context>(ctx: &C, network: u32, origin: Origin) -> Verdict {
-    let mut packet = Packet::blank();
-    let verdict = leave(ctx, network, origin, &mut packet);
-    observe::decision(ctx, &packet, verdict);
-    verdict
-}
-
-#[inline(always)]
-fn leave<C: Context>(ctx: &C, network: u32, origin: Origin, packet: &mut Packet<Ipv4Address>) -> Verdict {
-    match ipv4::parse(ctx, network, edge(ctx, origin), packet) {
+    match kind {
         Kind::Transport => {}
-        Kind::IcmpError => return icmp::error(ctx, packet, Direction::Egress).unwrap_or(Verdict::Pass),
+        Kind::Later if fragment::recall(packet, Direction::Ingress, now) => {}
+        Kind::IcmpError => match icmp::error(ctx, packet, Direction::Ingress, flow) {
+            Some(verdict) => return verdict,
+            None => return Verdict::from_bits(aside(ctx, packet, kind)),
+        },
+        _ => return Verdict::from_bits(aside(ctx, packet, kind)),
+    }
+    if !conntrack::find(packet, Direction::Ingress, now, flow) {
+        let verdict = miss(ctx, packet, origin, now, flow);
+        if verdict != FLOW {
+            return Verdict::from_bits(verdict);
+        }
+    }
+    // SAFETY: both fill it whenever they say so.
+    apply(ctx, packet, unsafe { flow.assume_init_ref() }, Direction::Ingress, now)
+}
+
+/// A packet that leaves to a pod, or by an uplink or tunnel. Frontends are never looked at, flows never made. A function of
+/// its own in the kernel too, as [`ingress`] is.
+#[inline(never)]
+pub fn egress<C: Context, A: Network>(ctx: &C, network: u32, origin: Origin) -> u64 {
+    let verdict = A::with_room(|packet, flow| {
+        let kind = A::parse(ctx, network, edge(ctx, origin), packet);
+        if kind == Kind::NotOurs {
+            return Verdict::Pass;
+        }
+        // SAFETY: `parse` fills it unless it says so.
+        let packet = unsafe { packet.assume_init_mut() };
+        let verdict = leave(ctx, kind, packet, flow);
+        observe::decision(ctx, packet, verdict);
+        verdict
+    });
+    verdict.unwrap_or(Verdict::Pass).to_bits()
+}
+
+#[inline(always)]
+fn leave<C: Context, A: Network>(
+    ctx: &C,
+    kind: Kind,
+    packet: &mut Packet<A>,
+    flow: &mut MaybeUninit<Flow<A>>,
+) -> Verdict {
+    let now = features::now();
+    match kind {
+        Kind::Transport => {}
+        Kind::Later if fragment::recall(packet, Direction::Egress, now) => {}
+        Kind::IcmpError => return icmp::error(ctx, packet, Direction::Egress, flow).unwrap_or(Verdict::Pass),
         _ => return Verdict::Pass,
     }
-    conntrack::find(packet, Direction::Egress, features::now()).map_or(Verdict::Pass, |flow| apply(ctx, packet, &flow))
+    if !conntrack::find(packet, Direction::Egress, now, flow) {
+        return Verdict::Pass;
+    }
+    // SAFETY: `find` fills it whenever it says so.
+    apply(ctx, packet, unsafe { flow.assume_init_ref() }, Direction::Egress, now)
 }
 
 /// Translates a packet of a known flow and sends it on its way.
 #[inline(always)]
-fn apply<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, flow: &Flow<Ipv4Address>) -> Verdict {
+fn apply<C: Context, A: Network>(
+    ctx: &C,
+    packet: &Packet<A>,
+    flow: &Flow<A>,
+    direction: Direction,
+    now: u32,
+) -> Verdict {
+    if packet.part == Part::First && !fragment::remember(packet, direction, now) {
+        return Verdict::Drop(DropReason::Fragment);
+    }
     if flow.flags & flags::REDIRECT != 0 {
         return forward::by_route(ctx, packet, flow);
     }
     if C::XDP {
         return Verdict::Pass;
     }
-    if translate::rewrite(ctx, packet, &flow.rewrite, false).is_none() {
+    if A::rewrite(ctx, packet, &flow.rewrite, false).is_none() {
         return Verdict::Drop(DropReason::RewriteFailed);
     }
     observe::packet(flow.service_id, packet.length);
     if flow.flags & flags::HAIRPIN != 0 { forward::back(ctx, packet) } else { Verdict::Pass }
 }
 
-/// What a packet that no flow knows comes to, as a verdict's bits or [`CREATED`]: a new connection if it goes to a frontend,
+/// What a packet that no flow knows comes to, as a verdict's bits or [`FLOW`]: a new connection if it goes to a frontend,
 /// nothing to do with us otherwise. A function of its own in the kernel too, so that its stack is not the fast path's.
 #[inline(never)]
-fn miss<C: Context>(
+fn miss<C: Context, A: Network>(
     ctx: &C,
-    packet: &Packet<Ipv4Address>,
+    packet: &Packet<A>,
     origin: Origin,
     now: u32,
-    flow: &mut MaybeUninit<Flow<Ipv4Address>>,
+    flow: &mut MaybeUninit<Flow<A>>,
 ) -> u64 {
     let verdict = match classify(packet) {
         Unknown::Foreign => Verdict::Pass,
+        // Its first fragment had a flow, which is gone.
+        _ if packet.part == Part::Later => Verdict::Drop(DropReason::Fragment),
         _ if !packet.key.tuple.source.is_one_host() => {
             if C::XDP {
                 Verdict::Pass
@@ -146,14 +176,14 @@ fn miss<C: Context>(
             }
         }
         Unknown::New => match create::flow(ctx, packet, origin, now, flow) {
-            Ok(()) => return CREATED,
+            Ok(()) => return FLOW,
             Err(_) if C::XDP => Verdict::Pass,
-            Err(DropReason::NoEndpoint) => reject::port_unreachable(ctx, packet, DropReason::NoEndpoint),
+            Err(DropReason::NoEndpoint) => reject::port_unreachable(ctx, packet, origin, DropReason::NoEndpoint),
             Err(reason) => Verdict::Drop(reason),
         },
         _ if C::XDP => Verdict::Pass,
         Unknown::Unallocated => Verdict::Drop(DropReason::Unallocated),
-        Unknown::NoSuchPort => reject::port_unreachable(ctx, packet, DropReason::UnknownPort),
+        Unknown::NoSuchPort => reject::port_unreachable(ctx, packet, origin, DropReason::UnknownPort),
         Unknown::MidFlow if draining() => Verdict::Pass,
         Unknown::MidFlow => reject::reset(ctx, packet, DropReason::NoFlow),
     };
@@ -162,10 +192,11 @@ fn miss<C: Context>(
 
 /// What a packet is that no flow knows.
 #[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
 enum Unknown {
     /// The first packet of a connection to a frontend.
     New,
-    /// Mid-flow TCP to a frontend.
+    /// Mid-flow TCP or SCTP to a frontend.
     MidFlow,
     /// To a port that a service address does not have.
     NoSuchPort,
@@ -187,51 +218,54 @@ fn unallocated<A: Family>(address: A) -> bool {
     maps::config().is_some_and(|config| A::in_service_cidr(config, address))
 }
 
-#[inline(always)]
-fn classify(packet: &Packet<Ipv4Address>) -> Unknown {
+/// A function of its own in the kernel too, for its stack.
+#[inline(never)]
+fn classify<A: Network>(packet: &Packet<A>) -> Unknown {
     let key = &packet.key;
     let frontend = FrontendKey::new(key.tuple.destination, key.tuple.destination_port_be, key.protocol);
     // Only the flags are read, and the key decides those that matter here, so a torn value does no harm.
     // SAFETY: a map value stays readable while the program runs.
-    let known =
-        Ipv4Address::frontend(&frontend).map(|element| unsafe { (&raw const (*element).flags).read_volatile() });
+    let known = A::frontend(&frontend).map(|element| unsafe { (&raw const (*element).flags).read_volatile() });
     match known {
         Some(found) if found & frontend_flags::HOST_ONLY == 0 => {}
         _ if maps::mark(key.tuple.destination) & frontend_flags::WHOLE_ADDRESS != 0 => return Unknown::NoSuchPort,
         _ if unallocated(key.tuple.destination) => return Unknown::Unallocated,
         _ => return Unknown::Foreign,
     }
-    if key.protocol == PROTOCOL_TCP && packet.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN) != tcp::SYN {
+    if key.protocol != PROTOCOL_UDP && packet.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN) != tcp::SYN {
         return Unknown::MidFlow;
     }
     Unknown::New
 }
 
-/// A packet that can't be translated: it passes unless it goes, or may go, to a Service.
-#[inline(always)]
-fn unsupported(packet: &Packet<Ipv4Address>, reason: DropReason) -> Verdict {
+/// What a packet that can't be translated comes to, as a verdict's bits. It passes unless it goes, or may go, to a Service,
+/// because the stack would forward it there; a ping of a service address with an endpoint is answered, since no one else
+/// would. A function of its own in the kernel too, so that its stack is not the fast path's.
+#[inline(never)]
+fn aside<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, kind: Kind) -> u64 {
     let tuple = &packet.key.tuple;
-    let marked = match maps::mark(tuple.destination) {
+    let mark = maps::mark(tuple.destination);
+    if kind == Kind::Echo && mark & frontend_flags::HAS_ENDPOINT != 0 && tuple.source.is_one_host() {
+        return reject::echo(ctx, packet).to_bits();
+    }
+    let reason = match kind {
+        Kind::Malformed | Kind::BadLength => DropReason::Malformed,
+        Kind::Later => DropReason::Fragment,
+        _ => DropReason::UnsupportedProtocol,
+    };
+    let service = match mark & !frontend_flags::HAS_ENDPOINT {
         0 => unallocated(tuple.destination),
         // Other protocols are not the Service's where only some ports are.
-        frontend_flags::SERVICE_ADDRESS => reason == DropReason::Fragment,
+        frontend_flags::SERVICE_ADDRESS => reason != DropReason::UnsupportedProtocol,
         _ => true,
     };
-    let port = || {
-        let key = FrontendKey::new(tuple.destination, tuple.destination_port_be, packet.key.protocol);
-        Ipv4Address::frontend(&key).is_some()
-    };
-    if marked || (tuple.destination_port_be != 0 && port()) { Verdict::Drop(reason) } else { Verdict::Pass }
-}
-
-/// Passed untouched, and counted; but dropped where it may go to a Service, because the stack would forward it.
-#[inline(always)]
-fn malformed(packet: &Packet<Ipv4Address>) -> Verdict {
-    if maps::mark(packet.key.tuple.destination) != 0 {
-        return Verdict::Drop(DropReason::Malformed);
+    if service && kind != Kind::BadLength {
+        return Verdict::Drop(reason).to_bits();
     }
-    observe::count(DropReason::Malformed);
-    Verdict::Pass
+    if reason == DropReason::Malformed {
+        observe::count(reason);
+    }
+    Verdict::Pass.to_bits()
 }
 
 #[inline(always)]
@@ -239,66 +273,5 @@ fn edge<C: Context>(ctx: &C, origin: Origin) -> u32 {
     match origin {
         Origin::Inside => ctx.ifindex(),
         Origin::Outside => EDGE_UPLINK,
-    }
-}
-
-/// How a verdict crosses a call between programs' functions, which return one register.
-const PASS: u64 = 0;
-const TRANSMIT: u64 = 1 << 32;
-const ACTION: u64 = 2 << 32;
-const DROP: u64 = 3 << 32;
-/// Not a verdict: a flow was made, and is to be applied.
-const CREATED: u64 = 4 << 32;
-
-impl Verdict {
-    /// As one register.
-    #[inline(always)]
-    pub fn to_bits(self) -> u64 {
-        match self {
-            Self::Pass => PASS,
-            Self::Transmit => TRANSMIT,
-            Self::Action(action) => ACTION | u64::from(action as u32),
-            Self::Drop(reason) => DROP | reason as u64,
-        }
-    }
-
-    /// From [`Self::to_bits`].
-    #[inline(always)]
-    pub fn from_bits(bits: u64) -> Self {
-        match bits & !0xffff_ffff {
-            PASS => Self::Pass,
-            TRANSMIT => Self::Transmit,
-            ACTION => Self::Action(bits as i32),
-            // SAFETY: `to_bits` put a reason there.
-            _ => Self::Drop(unsafe { core::mem::transmute::<u32, DropReason>(bits as u32) }),
-        }
-    }
-
-    /// The tc action. "Pass" means the next program, never "accept".
-    #[inline(always)]
-    pub fn tc_action(self) -> i32 {
-        match self {
-            Self::Pass | Self::Transmit => aya_ebpf::bindings::TC_ACT_UNSPEC,
-            Self::Action(action) => action,
-            Self::Drop(reason) => {
-                observe::count(reason);
-                TC_ACT_SHOT
-            }
-        }
-    }
-
-    /// The XDP action.
-    #[inline(always)]
-    pub fn xdp_action(self) -> u32 {
-        use aya_ebpf::bindings::xdp_action;
-        match self {
-            Self::Pass => xdp_action::XDP_PASS,
-            Self::Transmit => xdp_action::XDP_TX,
-            Self::Action(action) => action as u32,
-            Self::Drop(reason) => {
-                observe::count(reason);
-                xdp_action::XDP_DROP
-            }
-        }
     }
 }

@@ -6,34 +6,32 @@
 
 use aya_ebpf::bindings::bpf_redir_neigh;
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh};
+use sheave_common::DropReason;
 use sheave_common::flow::{Flow, Tuple};
 use sheave_common::interface::flags as interface_flags;
-use sheave_common::{DropReason, Ipv4Address};
 
 use crate::context::Context;
-use crate::edge::Verdict;
 use crate::maps::INTERFACES_MAP;
-use crate::packet::{Packet, ethernet};
+use crate::packet::network::{Answer, Network};
+use crate::packet::{Packet, Part, ethernet};
 use crate::route::{self, NoRoute, Route};
-use crate::{observe, reject, translate};
-
-/// AF_INET
-const AF_INET: u32 = 2;
+use crate::verdict::Verdict;
+use crate::{observe, reject};
 
 /// Translates a TCP or UDP packet and sends it on by route.
 #[inline(always)]
-pub fn by_route<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, flow: &Flow<Ipv4Address>) -> Verdict {
+pub fn by_route<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, flow: &Flow<A>) -> Verdict {
     Verdict::from_bits(by_route_bits(ctx, packet, flow))
 }
 
 /// A function of its own in the kernel too, so that its stack is not that of the path to the stack.
 #[inline(never)]
-fn by_route_bits<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, flow: &Flow<Ipv4Address>) -> u64 {
+fn by_route_bits<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, flow: &Flow<A>) -> u64 {
     translate_and_send(ctx, packet, flow).to_bits()
 }
 
 #[inline(always)]
-fn translate_and_send<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, flow: &Flow<Ipv4Address>) -> Verdict {
+fn translate_and_send<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, flow: &Flow<A>) -> Verdict {
     let route = match checked_route(ctx, packet, &flow.rewrite) {
         Ok(route) => route,
         Err(verdict) => return verdict,
@@ -41,7 +39,7 @@ fn translate_and_send<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, flow: &
     if C::XDP && !xdp_can_send(ctx, &route) {
         return Verdict::Pass;
     }
-    if translate::rewrite(ctx, packet, &flow.rewrite, true).is_none() {
+    if A::rewrite(ctx, packet, &flow.rewrite, true).is_none() {
         return Verdict::Drop(DropReason::RewriteFailed);
     }
     // What is answered instead has returned above: it is counted as that, not as traffic of the service.
@@ -51,26 +49,28 @@ fn translate_and_send<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, flow: &
 
 /// The route of a packet after its rewrite; TTL and MTU are checked, and answered where they don't allow it.
 #[inline(always)]
-fn checked_route<C: Context>(
-    ctx: &C,
-    packet: &Packet<Ipv4Address>,
-    rewrite: &Tuple<Ipv4Address>,
-) -> Result<Route, Verdict> {
+fn checked_route<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, rewrite: &Tuple<A>) -> Result<Route<A>, Verdict> {
     if packet.ttl <= 1 {
-        return Err(if C::XDP { Verdict::Pass } else { reject::time_exceeded(ctx, packet) });
+        return Err(match packet.part {
+            _ if C::XDP => Verdict::Pass,
+            // Only a first fragment is answered (RFC 1122, 3.2.2).
+            Part::Later => Verdict::Drop(DropReason::TtlExceeded),
+            _ => reject::error(ctx, packet, Answer::TimeExceeded, 0, DropReason::TtlExceeded),
+        });
     }
     let length = segment_length(ctx, packet);
     match route::find(ctx, rewrite, packet.key.protocol, length) {
         Ok(route) => Ok(route),
         Err(_) if C::XDP => Err(Verdict::Pass),
-        Err(NoRoute::TooBig(mtu)) => Err(reject::too_big(ctx, packet, mtu)),
+        Err(NoRoute::TooBig(_)) if packet.part == Part::Later => Err(Verdict::Drop(DropReason::TooBig)),
+        Err(NoRoute::TooBig(mtu)) => Err(reject::error(ctx, packet, Answer::TooBig, mtu, DropReason::TooBig)),
         Err(NoRoute::Unreachable) => Err(Verdict::Drop(DropReason::NoRoute)),
     }
 }
 
 /// Bytes of the packet from the network header on, or of one of its segments if it is a GSO packet.
 #[inline(always)]
-fn segment_length<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>) -> u32 {
+fn segment_length<C: Context, A: Network>(ctx: &C, packet: &Packet<A>) -> u32 {
     let payload = ctx.segment_payload();
     if payload == 0 {
         return packet.length;
@@ -84,12 +84,12 @@ fn segment_length<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>) -> u32 {
 
 /// Sends a rewritten packet.
 #[inline(always)]
-pub fn send<C: Context>(ctx: &C, route: &Route) -> Verdict {
+pub fn send<C: Context, A: Network>(ctx: &C, route: &Route<A>) -> Verdict {
     if C::XDP {
         let header = ethernet::Header {
             destination: route.destination_mac,
             source: route.source_mac,
-            ether_type_be: ethernet::TYPE_IPV4_BE,
+            ether_type_be: A::ETHER_TYPE_BE,
         };
         if ctx.store(0, &header).is_none() {
             return Verdict::Drop(DropReason::RewriteFailed);
@@ -100,10 +100,7 @@ pub fn send<C: Context>(ctx: &C, route: &Route) -> Verdict {
         // SAFETY: the helper takes scalars only.
         return Verdict::Action(unsafe { bpf_redirect(route.ifindex, 0) } as i32);
     }
-    // SAFETY: all-zero bytes are a valid value of this plain C struct.
-    let mut next_hop: bpf_redir_neigh = unsafe { core::mem::zeroed() };
-    next_hop.nh_family = AF_INET;
-    next_hop.__bindgen_anon_1.ipv4_nh = route.next_hop.be_word();
+    let mut next_hop = route.next_hop.neighbour();
     // SAFETY: the struct is as long as is said.
     let action =
         unsafe { bpf_redirect_neigh(route.ifindex, &raw mut next_hop, size_of::<bpf_redir_neigh>() as i32, 0) };
@@ -112,7 +109,7 @@ pub fn send<C: Context>(ctx: &C, route: &Route) -> Verdict {
 
 /// XDP sends only to interfaces that run its program too, and only to neighbours that are known; tc does the rest.
 #[inline(always)]
-fn xdp_can_send<C: Context>(ctx: &C, route: &Route) -> bool {
+fn xdp_can_send<C: Context, A: Network>(ctx: &C, route: &Route<A>) -> bool {
     if !route.resolved {
         return false;
     }
@@ -125,7 +122,7 @@ fn xdp_can_send<C: Context>(ctx: &C, route: &Route) -> bool {
 
 /// Swaps the MAC addresses and sends the packet out of the interface that it came in by.
 #[inline(always)]
-pub fn back<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>) -> Verdict {
+pub fn back<C: Context, A: Network>(ctx: &C, packet: &Packet<A>) -> Verdict {
     if packet.network::<C>() != ethernet::LENGTH {
         return Verdict::Drop(DropReason::HairpinUnsupported);
     }

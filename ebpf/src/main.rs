@@ -12,24 +12,30 @@ mod create;
 mod edge;
 mod features;
 mod forward;
+mod fragment;
 mod icmp;
 mod maps;
 mod observe;
 mod packet;
 mod reject;
 mod route;
+mod scratch;
 mod socket;
 mod translate;
+mod verdict;
 mod versioned;
 
 use aya_ebpf::macros::{cgroup_sock_addr, classifier, xdp};
 use aya_ebpf::programs::{SockAddrContext, TcContext, XdpContext};
+use sheave_common::{Ipv4Address, Ipv6Address};
 
 use crate::balance::Origin;
 use crate::packet::ethernet;
+use crate::verdict::Verdict;
 
-/// EtherType IPv4 in the width of `__sk_buff::protocol`.
+/// EtherTypes in the width of `__sk_buff::protocol`.
 const PROTOCOL_IPV4: u32 = ethernet::TYPE_IPV4_BE as u32;
+const PROTOCOL_IPV6: u32 = ethernet::TYPE_IPV6_BE as u32;
 /// Offset of the network header on devices without a link-layer header.
 const NO_HEADER: u32 = 0;
 
@@ -41,10 +47,14 @@ macro_rules! tc {
             pub fn $name(ctx: TcContext) -> i32 {
                 // SAFETY: the kernel's context is valid while the program runs.
                 let (protocol, tagged) = unsafe { ((*ctx.skb.skb).protocol, (*ctx.skb.skb).vlan_present) };
-                if protocol != PROTOCOL_IPV4 || tagged != 0 {
-                    return aya_ebpf::bindings::TC_ACT_UNSPEC;
-                }
-                edge::$function(&ctx, $network, $origin).tc_action()
+                let verdict = match protocol {
+                    // A VLAN's packets meet the programs of the VLAN's own device.
+                    _ if tagged != 0 => return aya_ebpf::bindings::TC_ACT_UNSPEC,
+                    PROTOCOL_IPV4 => edge::$function::<_, Ipv4Address>(&ctx, $network, $origin),
+                    PROTOCOL_IPV6 => edge::$function::<_, Ipv6Address>(&ctx, $network, $origin),
+                    _ => return aya_ebpf::bindings::TC_ACT_UNSPEC,
+                };
+                Verdict::from_bits(verdict).tc_action()
             }
         )+
     };
@@ -61,12 +71,15 @@ tc! {
 
 #[xdp]
 pub fn uplink_xdp(ctx: XdpContext) -> u32 {
-    match context::Context::load::<ethernet::Header>(&ctx, 0) {
-        Some(header) if header.ether_type_be == ethernet::TYPE_IPV4_BE => {
-            edge::ingress(&ctx, ethernet::LENGTH, Origin::Outside).xdp_action()
-        }
-        _ => aya_ebpf::bindings::xdp_action::XDP_PASS,
-    }
+    let Some(header) = context::Context::load::<ethernet::Header>(&ctx, 0) else {
+        return aya_ebpf::bindings::xdp_action::XDP_PASS;
+    };
+    let verdict = match header.ether_type_be {
+        ethernet::TYPE_IPV4_BE => edge::ingress::<_, Ipv4Address>(&ctx, ethernet::LENGTH, Origin::Outside),
+        ethernet::TYPE_IPV6_BE => edge::ingress::<_, Ipv6Address>(&ctx, ethernet::LENGTH, Origin::Outside),
+        _ => return aya_ebpf::bindings::xdp_action::XDP_PASS,
+    };
+    Verdict::from_bits(verdict).xdp_action()
 }
 
 /// cgroup entry points: name, hook => function of `socket`.

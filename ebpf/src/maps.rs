@@ -17,6 +17,8 @@ use sheave_common::service_name::ServiceName;
 use sheave_common::socket::{SocketKey, SocketPeer};
 use sheave_common::{Address, Ipv4Address, Ipv6Address};
 
+use crate::scratch;
+
 /// BPF_F_NO_PREALLOC: memory as entries come; for maps that only the controller writes.
 const NO_PREALLOC: usize = 1;
 
@@ -69,6 +71,8 @@ maps! {
     SERVICE_NAMES = "service_names": HashMap<u32, ServiceName, SERVICES, NO_PREALLOC>;
     SERVICE_COUNTERS = "service_counters": PerCpuArray<ServiceCounter, SERVICES>;
     DROP_COUNTERS = "drop_counters": PerCpuArray<u64, DROP_COUNTER_COUNT>;
+    SCRATCH4 = "scratch4": PerCpuArray<[u64; scratch::WORDS], 1>;
+    SCRATCH6 = "scratch6": PerCpuArray<[u64; scratch::WORDS], 1>;
     REJECT_BUDGET = "reject_budget": PerCpuArray<RejectBudget, 1>;
 }
 
@@ -115,6 +119,8 @@ pub trait Family: Address {
     fn insert_fragment(key: &FragmentKey<Self>, ports: &FragmentPorts) -> Result<(), i32>;
     /// Forgets that.
     fn remove_socket_frontend(key: &SocketKey<Self>);
+    /// This CPU's [`crate::scratch::Scratch`].
+    fn scratch() -> Option<*mut [u64; scratch::WORDS]>;
     /// The source of hairpin packets.
     fn hairpin(config: &Config) -> Self;
     /// This node's own address: the affinity key of its processes.
@@ -131,7 +137,7 @@ pub const NOEXIST: u64 = 1;
 macro_rules! family {
     ($address:ty, $frontends:ident, $backends:ident, $conntrack:ident, $half_open:ident, $affinity:ident,
      $sock_forward:ident, $sock_reverse:ident, $source_ranges:ident, $service_cidrs:ident, $fragments:ident,
-     $hairpin:ident, $node:ident, $source:ident) => {
+     $scratch:ident,      $hairpin:ident, $node:ident, $source:ident) => {
         impl Family for $address {
             #[inline(always)]
             fn frontend(key: &FrontendKey<Self>) -> Option<*const Frontend> {
@@ -229,6 +235,11 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn scratch() -> Option<*mut [u64; scratch::WORDS]> {
+                $scratch.get_ptr_mut(0)
+            }
+
+            #[inline(always)]
             fn hairpin(config: &Config) -> Self {
                 config.$hairpin
             }
@@ -258,6 +269,7 @@ family!(
     SOURCE_RANGES4,
     SERVICE_CIDRS4,
     FRAGMENTS4,
+    SCRATCH4,
     hairpin4,
     node4,
     source4
@@ -274,6 +286,7 @@ family!(
     SOURCE_RANGES6,
     SERVICE_CIDRS6,
     FRAGMENTS6,
+    SCRATCH6,
     hairpin6,
     node6,
     source6
@@ -285,13 +298,13 @@ pub fn config() -> Option<&'static Config> {
     CONFIG.get(0)
 }
 
-/// The mark on an address: `WHOLE_ADDRESS` or `SERVICE_ADDRESS` of [`frontend_flags`], or 0.
+/// The mark on an address: `WHOLE_ADDRESS` or `SERVICE_ADDRESS` of [`frontend_flags`], with `HAS_ENDPOINT`; or 0.
 #[inline(always)]
 pub fn mark<A: Family>(address: A) -> u32 {
     let flags = A::frontend(&FrontendKey::mark(address))
         // SAFETY: a map value stays readable while the program runs, and one word of it is never torn.
         .map_or(0, |element| unsafe { (&raw const (*element).flags).read_volatile() });
-    flags & (frontend_flags::WHOLE_ADDRESS | frontend_flags::SERVICE_ADDRESS)
+    flags & (frontend_flags::WHOLE_ADDRESS | frontend_flags::SERVICE_ADDRESS | frontend_flags::HAS_ENDPOINT)
 }
 
 /// Copies a map value word by word. The element may be evicted, reused or rewritten meanwhile, so it is read exactly once,
@@ -312,4 +325,14 @@ pub unsafe fn copy<V: Copy>(element: *const V) -> V {
     }
     // SAFETY: every word was written.
     unsafe { value.assume_init() }
+}
+
+/// Copies a value word by word, without a value on the way, which would take as much again of the stack.
+#[inline(always)]
+pub fn copy_words<V: Copy>(from: *const V, to: *mut V) {
+    const { assert!(size_of::<V>() % 4 == 0 && align_of::<V>() % 4 == 0) };
+    for word in 0..size_of::<V>() / 4 {
+        // SAFETY: callers pass pointers to values, which hold this word.
+        unsafe { to.cast::<u32>().add(word).write_volatile(from.cast::<u32>().add(word).read_volatile()) };
+    }
 }

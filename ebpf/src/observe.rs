@@ -1,12 +1,13 @@
 //! Counting: one function for packets that are dropped or rejected, one for traffic of a service port. In development
 //! builds (feature `packet-trace`) also a log line for every packet and what became of it.
 
-use sheave_common::{DropReason, Ipv4Address};
+use sheave_common::DropReason;
 
 use crate::context::Context;
-use crate::edge::Verdict;
 use crate::maps::{DROP_COUNTERS, SERVICE_COUNTERS};
 use crate::packet::Packet;
+use crate::packet::network::Network;
+use crate::verdict::Verdict;
 
 /// Counts a packet that is not simply passed.
 #[inline(always)]
@@ -41,19 +42,19 @@ pub fn packet(service_id: u32, bytes: u32) {
 /// Nothing, unless built with `packet-trace`.
 #[cfg(not(feature = "packet-trace"))]
 #[inline(always)]
-pub fn decision<C: Context>(_ctx: &C, _packet: &Packet<Ipv4Address>, _verdict: Verdict) {}
+pub fn decision<C: Context, A: Network>(_ctx: &C, _packet: &Packet<A>, _verdict: Verdict) {}
 
 /// Logs a packet, as it came, and what became of it.
 #[cfg(feature = "packet-trace")]
 #[inline(always)]
-pub fn decision<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, verdict: Verdict) {
+pub fn decision<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, verdict: Verdict) {
     log(ctx, packet, verdict.to_bits());
 }
 
 /// A function of its own in the kernel too, so that its stack is not that of the packet's own path.
 #[cfg(feature = "packet-trace")]
 #[inline(never)]
-fn log<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, verdict: u64) {
+fn log<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, verdict: u64) {
     let tuple = &packet.key.tuple;
     let (name, detail) = match Verdict::from_bits(verdict) {
         Verdict::Pass => ("pass", 0),
@@ -67,9 +68,9 @@ fn log<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, verdict: u64) {
         ctx.ifindex(),
         C::XDP as u8,
         packet.key.protocol,
-        u32::from_be(tuple.source.be_word()),
+        tuple.source.to_ip(),
         u16::from_be(tuple.source_port_be),
-        u32::from_be(tuple.destination.be_word()),
+        tuple.destination.to_ip(),
         u16::from_be(tuple.destination_port_be),
         packet.tcp_flags,
         name,

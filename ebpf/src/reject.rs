@@ -1,92 +1,73 @@
-//! Answering a packet instead of forwarding it: ICMP errors (RFC 792, RFC 1191) and TCP resets (RFC 9293, 3.10.7.1).
+//! Answering a packet instead of forwarding it: ICMP errors (RFC 792, RFC 1191, RFC 4443), TCP resets (RFC 9293, 3.10.7.1)
+//! and echo replies.
 //!
 //! The answer is built on the stack, written over the packet, and sent out of the interface that the packet came in by.
 //! Its source is the packet's own destination: the service's address, as the client knows it.
 
 use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_redirect, bpf_skb_change_tail};
-use sheave_common::checksum::fold;
+use sheave_common::checksum::{difference, fold};
 use sheave_common::config::Config;
-use sheave_common::{DropReason, Ipv4Address, PROTOCOL_ICMP, PROTOCOL_TCP};
+use sheave_common::{DropReason, PROTOCOL_TCP};
 
+use crate::balance::Origin;
 use crate::context::Context;
-use crate::edge::Verdict;
 use crate::features;
 use crate::maps::{self, REJECT_BUDGET};
 use crate::observe;
-use crate::packet::transport::{TCP_CHECKSUM, Tcp, flags as tcp};
-use crate::packet::{Packet, ethernet, ipv4};
-
-/// Bytes of the original packet that an ICMP error carries: its header without options and eight more (RFC 792).
-const QUOTED: usize = 28;
-const ICMP_UNREACHABLE: u8 = 3;
-const ICMP_TIME_EXCEEDED: u8 = 11;
-const CODE_PORT: u8 = 3;
-const CODE_FRAGMENTATION_NEEDED: u8 = 4;
-const TTL: u8 = 64;
+use crate::packet::network::{Answer, Network};
+use crate::packet::transport::{ICMP_CHECKSUM, TCP_CHECKSUM, Tcp, flags as tcp};
+use crate::packet::{Packet, ethernet};
+use crate::verdict::Verdict;
 
 /// An ICMP error as it is sent.
 #[derive(Clone, Copy)]
 #[repr(C, align(4))]
-struct IcmpError {
-    header: ipv4::Header,
-    kind: u8,
-    code: u8,
+struct IcmpError<A: Network> {
+    header: A::Header,
+    kind: [u8; 2],
     checksum: u16,
-    unused_be: u16,
-    mtu_be: u16,
-    quoted: [u8; QUOTED],
+    /// The MTU, of which ICMP has the lower half only; 0 in other errors.
+    mtu_be: u32,
+    quoted: A::Quoted,
 }
 
 /// A TCP reset as it is sent.
 #[derive(Clone, Copy)]
 #[repr(C, align(4))]
-struct Reset {
-    header: ipv4::Header,
+struct Reset<A: Network> {
+    header: A::Header,
     tcp: Tcp,
 }
 
-/// What TCP sums besides its segment.
-#[derive(Clone, Copy)]
-#[repr(C, align(4))]
-struct PseudoHeader {
-    source: Ipv4Address,
-    destination: Ipv4Address,
-    protocol_be: u16,
-    length_be: u16,
-}
-
-/// Port unreachable. A reset, which says the same, where the packet's TCP checksum is unfinished: the kernel would finish it
-/// in the middle of the ICMP error. (A UDP checksum lies where the error has an unused field, and its sum stays right.)
+/// Port unreachable. A reset, which says the same, for a pod's TCP over IPv6, since an ICMPv6 error that reaches a busy
+/// socket is dropped and costs a second; and where the packet's TCP checksum is unfinished: the kernel would finish it in the
+/// middle of the ICMP error. (A UDP checksum lies where the error has an unused field, and its sum stays right.)
 #[inline(always)]
-pub fn port_unreachable<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, reason: DropReason) -> Verdict {
-    if packet.key.protocol == PROTOCOL_TCP && unfinished(ctx, packet.transport::<C>() + TCP_CHECKSUM) {
-        return reset(ctx, packet, reason);
-    }
-    icmp(ctx, packet, ICMP_UNREACHABLE, CODE_PORT, 0, reason)
-}
-
-/// TTL exceeded in transit.
-#[inline(always)]
-pub fn time_exceeded<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>) -> Verdict {
-    icmp(ctx, packet, ICMP_TIME_EXCEEDED, 0, 0, DropReason::TtlExceeded)
-}
-
-/// Fragmentation needed, with the MTU that would pass.
-#[inline(always)]
-pub fn too_big<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, mtu: u32) -> Verdict {
-    icmp(ctx, packet, ICMP_UNREACHABLE, CODE_FRAGMENTATION_NEEDED, mtu as u16, DropReason::TooBig)
-}
-
-#[inline(always)]
-fn icmp<C: Context>(
+pub fn port_unreachable<C: Context, A: Network>(
     ctx: &C,
-    packet: &Packet<Ipv4Address>,
-    kind: u8,
-    code: u8,
-    mtu: u16,
+    packet: &Packet<A>,
+    origin: Origin,
     reason: DropReason,
 ) -> Verdict {
-    match send_error(ctx, packet, u16::from(kind) << 8 | u16::from(code), mtu, reason) {
+    if packet.key.protocol == PROTOCOL_TCP
+        && ((A::ICMP_PSEUDO && origin == Origin::Inside) || unfinished(ctx, packet.transport::<C>() + TCP_CHECKSUM))
+    {
+        return reset(ctx, packet, reason);
+    }
+    error(ctx, packet, Answer::PortUnreachable, 0, reason)
+}
+
+/// An ICMP error about the packet; `mtu` is what would pass.
+#[inline(always)]
+pub fn error<C: Context, A: Network>(
+    ctx: &C,
+    packet: &Packet<A>,
+    answer: Answer,
+    mtu: u32,
+    reason: DropReason,
+) -> Verdict {
+    let kind = u16::from_be_bytes(A::icmp_kind(answer));
+    match send_error(ctx, packet, kind, mtu, reason) {
         Ok(()) => back_out(ctx),
         Err(reason) => Verdict::Drop(reason),
     }
@@ -95,36 +76,34 @@ fn icmp<C: Context>(
 /// Turns the packet into an ICMP error about itself, if the rate limit allows one. A function of its own in the kernel too,
 /// so that its stack is not the fast path's.
 #[inline(never)]
-fn send_error<C: Context>(
+fn send_error<C: Context, A: Network>(
     ctx: &C,
-    packet: &Packet<Ipv4Address>,
-    kind_and_code: u16,
-    mtu: u16,
+    packet: &Packet<A>,
+    kind: u16,
+    mtu: u32,
     reason: DropReason,
 ) -> Result<(), DropReason> {
     if !allowed() {
         return Err(DropReason::RejectLimited);
     }
-    let [kind, code] = kind_and_code.to_be_bytes();
-    let mut answer = IcmpError {
-        header: header(packet, PROTOCOL_ICMP, size_of::<IcmpError>() as u16),
-        kind,
-        code,
+    let message = (size_of::<IcmpError<A>>() - size_of::<A::Header>()) as u16;
+    let mut answer = IcmpError::<A> {
+        header: A::answer_header(packet, A::ICMP, message),
+        kind: kind.to_be_bytes(),
         checksum: 0,
-        unused_be: 0,
         mtu_be: mtu.to_be(),
-        quoted: [0; QUOTED],
+        quoted: A::NO_QUOTE,
     };
     ctx.load_into(packet.network::<C>(), &mut answer.quoted).ok_or(reason)?;
-    let message = size_of::<ipv4::Header>();
-    answer.checksum = !fold(sum(&raw const answer, message, size_of::<IcmpError>() - message));
+    let pseudo = if A::ICMP_PSEUDO { pseudo_header(packet, A::ICMP, message) } else { 0 };
+    answer.checksum = !fold(pseudo + sum(&raw const answer, size_of::<A::Header>(), usize::from(message)));
     replace(ctx, packet, &answer, reason)
 }
 
 /// Resets the packet's connection (RFC 9293: the reset takes its numbers from the segment that it answers).
 #[inline(always)]
-pub fn reset<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, reason: DropReason) -> Verdict {
-    if packet.tcp_flags & tcp::RST != 0 {
+pub fn reset<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, reason: DropReason) -> Verdict {
+    if packet.tcp_flags & tcp::RST != 0 || packet.key.protocol != PROTOCOL_TCP {
         return Verdict::Drop(reason);
     }
     match send_reset(ctx, packet, reason) {
@@ -135,7 +114,7 @@ pub fn reset<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, reason: DropReas
 
 /// Turns the packet into a reset of its connection, if the rate limit allows one.
 #[inline(never)]
-fn send_reset<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, reason: DropReason) -> Result<(), DropReason> {
+fn send_reset<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, reason: DropReason) -> Result<(), DropReason> {
     if !allowed() {
         return Err(DropReason::RejectLimited);
     }
@@ -148,8 +127,9 @@ fn send_reset<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, reason: DropRea
         let length = packet.length.wrapping_sub(header).wrapping_add(phantom);
         (0, u32::from_be(segment.sequence_be).wrapping_add(length).to_be(), tcp::RST | tcp::ACK)
     };
-    let mut answer = Reset {
-        header: header(packet, PROTOCOL_TCP, size_of::<Reset>() as u16),
+    let length = size_of::<Tcp>() as u16;
+    let mut answer = Reset::<A> {
+        header: A::answer_header(packet, PROTOCOL_TCP, length),
         tcp: Tcp {
             source_be: segment.destination_be,
             destination_be: segment.source_be,
@@ -162,20 +142,52 @@ fn send_reset<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, reason: DropRea
             urgent_be: 0,
         },
     };
-    let pseudo = PseudoHeader {
-        source: answer.header.source,
-        destination: answer.header.destination,
-        protocol_be: u16::from(PROTOCOL_TCP).to_be(),
-        length_be: (size_of::<Tcp>() as u16).to_be(),
-    };
-    let pseudo_sum = sum(&raw const pseudo, 0, size_of::<PseudoHeader>());
+    let pseudo = pseudo_header(packet, PROTOCOL_TCP, length);
     answer.tcp.checksum = if unfinished(ctx, packet.transport::<C>() + TCP_CHECKSUM) {
         // The kernel adds the segment to it.
-        fold(pseudo_sum)
+        fold(pseudo)
     } else {
-        !fold(pseudo_sum + sum(&raw const answer, size_of::<ipv4::Header>(), size_of::<Tcp>()))
+        !fold(pseudo + sum(&raw const answer, size_of::<A::Header>(), size_of::<Tcp>()))
     };
     replace(ctx, packet, &answer, reason)
+}
+
+/// One's-complement sum of the pseudo-header of an answer, which has the packet's addresses, only the other way round.
+#[inline(always)]
+fn pseudo_header<A: Network>(packet: &Packet<A>, protocol: u8, length: u16) -> u64 {
+    let mut total = u64::from(u16::from(protocol).to_be()) + u64::from(length.to_be());
+    for word in packet.key.tuple.source.words().into_iter().chain(packet.key.tuple.destination.words()) {
+        total += u64::from(word);
+    }
+    total
+}
+
+/// Answers an echo request (RFC 792, RFC 4443): the request itself goes back, type and addresses changed.
+#[inline(always)]
+pub fn echo<C: Context, A: Network>(ctx: &C, packet: &Packet<A>) -> Verdict {
+    match send_echo(ctx, packet) {
+        Some(()) => back_out(ctx),
+        None => Verdict::Drop(DropReason::RewriteFailed),
+    }
+}
+
+/// Turns an echo request into its answer. What is swapped changes no checksum; type and code do.
+#[inline(never)]
+fn send_echo<C: Context, A: Network>(ctx: &C, packet: &Packet<A>) -> Option<()> {
+    let message = packet.transport::<C>();
+    let old = ctx.load::<[u8; 2]>(message)?;
+    let new = [A::ECHO_REPLY, 0];
+    let changed = difference(u32::from(u16::from_ne_bytes(old)), u32::from(u16::from_ne_bytes(new)));
+    ctx.adjust_checksum(message + ICMP_CHECKSUM, changed, false, false)?;
+    ctx.store(message, &new)?;
+    let header = A::answer_header(packet, A::ICMP, (packet.length - (message - packet.network::<C>())) as u16);
+    // With options the header stays as it was, but for the addresses.
+    if message - packet.network::<C>() == A::LENGTH {
+        ctx.store(packet.network::<C>(), &header)?;
+    } else {
+        A::rewrite_header(ctx, packet, &packet.key.tuple.reversed(), false, 0)?;
+    }
+    turn_frame(ctx, packet)
 }
 
 /// Whether the sender left the checksum at this offset to the device (CHECKSUM_PARTIAL), which the kernel remembers even
@@ -184,29 +196,6 @@ fn send_reset<C: Context>(ctx: &C, packet: &Packet<Ipv4Address>, reason: DropRea
 fn unfinished<C: Context>(ctx: &C, offset: u32) -> bool {
     let before = ctx.load::<u16>(offset);
     ctx.adjust_checksum(offset, 1, false, false).is_some() && before == ctx.load::<u16>(offset)
-}
-
-/// An IPv4 header from the packet's destination to its source.
-#[inline(always)]
-fn header(packet: &Packet<Ipv4Address>, protocol: u8, length: u16) -> ipv4::Header {
-    let mut header = ipv4::Header {
-        version_and_length: 0x45,
-        tos: 0,
-        total_length_be: length.to_be(),
-        id_be: 0,
-        fragment_be: 0,
-        ttl: TTL,
-        protocol,
-        checksum: 0,
-        source: packet.key.tuple.destination,
-        destination: packet.key.tuple.source,
-    };
-    // Summed from its words: the header is on its way into a larger struct, and a helper would need it in memory twice.
-    let words = [u16::from_ne_bytes([header.version_and_length, header.tos]), header.total_length_be];
-    let last = u16::from_ne_bytes([header.ttl, header.protocol]);
-    let addresses = u64::from(header.source.be_word()) + u64::from(header.destination.be_word());
-    header.checksum = !fold(u64::from(words[0]) + u64::from(words[1]) + u64::from(last) + addresses);
-    header
 }
 
 /// One's-complement sum of `length` bytes (a multiple of four) from `offset` on.
@@ -222,9 +211,9 @@ fn sum<T>(value: *const T, offset: usize, length: usize) -> u64 {
 
 /// Replaces the packet by the answer, addressed to where it came from.
 #[inline(always)]
-fn replace<C: Context, T>(
+fn replace<C: Context, A: Network, T>(
     ctx: &C,
-    packet: &Packet<Ipv4Address>,
+    packet: &Packet<A>,
     answer: &T,
     reason: DropReason,
 ) -> Result<(), DropReason> {
@@ -235,12 +224,19 @@ fn replace<C: Context, T>(
         return Err(reason);
     }
     ctx.store(packet.network::<C>(), answer).ok_or(reason)?;
-    if packet.network::<C>() == ethernet::LENGTH {
-        let frame = ctx.load::<ethernet::Header>(0).ok_or(reason)?;
-        ctx.store(0, &[frame.source, frame.destination]).ok_or(reason)?;
-    }
+    turn_frame(ctx, packet).ok_or(reason)?;
     observe::count(reason);
     Ok(())
+}
+
+/// Swaps the frame's MAC addresses, if it has any.
+#[inline(always)]
+fn turn_frame<C: Context, A: Network>(ctx: &C, packet: &Packet<A>) -> Option<()> {
+    if packet.network::<C>() != ethernet::LENGTH {
+        return Some(());
+    }
+    let frame = ctx.load::<ethernet::Header>(0)?;
+    ctx.store(0, &[frame.source, frame.destination])
 }
 
 /// Sends the answer out of the interface that the packet came in by.

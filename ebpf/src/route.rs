@@ -7,22 +7,20 @@ use aya_ebpf::bindings::{
     bpf_fib_lookup as Parameters,
 };
 use aya_ebpf::helpers::generated::bpf_fib_lookup;
+use sheave_common::DropReason;
 use sheave_common::flow::Tuple;
-use sheave_common::{DropReason, Ipv4Address};
 
 use crate::context::Context;
 use crate::features;
-use crate::maps::{Family as _, INTERFACES_MAP};
-
-/// AF_INET
-const AF_INET: u8 = 2;
+use crate::maps::INTERFACES_MAP;
+use crate::packet::network::Network;
 
 /// A route that was found.
-pub struct Route {
+pub struct Route<A> {
     /// Interface that the packet leaves by.
     pub ifindex: u32,
     /// Next hop's address, for resolving the neighbour.
-    pub next_hop: Ipv4Address,
+    pub next_hop: A,
     /// The neighbour is known, and `source_mac` and `destination_mac` are filled.
     pub resolved: bool,
     /// MAC address of the interface.
@@ -42,7 +40,7 @@ pub enum NoRoute {
 /// Route of a packet with this (rewritten) tuple. `length` is its size from the network header on, for a GSO packet that
 /// of one segment; 0 leaves the MTU unchecked.
 #[inline(always)]
-pub fn find<C: Context>(ctx: &C, tuple: &Tuple<Ipv4Address>, protocol: u8, length: u32) -> Result<Route, NoRoute> {
+pub fn find<C: Context, A: Network>(ctx: &C, tuple: &Tuple<A>, protocol: u8, length: u32) -> Result<Route<A>, NoRoute> {
     let mut route = MaybeUninit::uninit();
     match find_into(ctx, tuple, protocol, length, &mut route) {
         // SAFETY: `find_into` fills it whenever it says so.
@@ -58,12 +56,12 @@ const UNREACHABLE: u32 = u32::MAX;
 /// [`FOUND`], [`UNREACHABLE`], or the MTU that the packet exceeds. A function of its own in the kernel too, so that its
 /// stack is not the caller's.
 #[inline(never)]
-fn find_into<C: Context>(
+fn find_into<C: Context, A: Network>(
     ctx: &C,
-    tuple: &Tuple<Ipv4Address>,
+    tuple: &Tuple<A>,
     protocol: u8,
     length: u32,
-    result: &mut MaybeUninit<Route>,
+    result: &mut MaybeUninit<Route<A>>,
 ) -> u32 {
     let mut parameters = parameters(ctx, tuple, protocol);
     parameters.__bindgen_anon_1.tot_len = length as u16;
@@ -77,10 +75,9 @@ fn find_into<C: Context>(
     FOUND
 }
 
-/// Address that packets with this tuple's destination should be SNATed to: the egress interface's, so that the reply
-/// takes the same road back. A function of its own in the kernel too, so that its stack is not the caller's.
+/// SNATs a tuple: makes its source the egress interface's address, so that the reply takes the same road back. A function of its own in the kernel too, so that its stack is not the caller's.
 #[inline(never)]
-pub fn source<C: Context>(ctx: &C, tuple: &Tuple<Ipv4Address>, protocol: u8) -> Result<Ipv4Address, DropReason> {
+pub fn source<C: Context, A: Network>(ctx: &C, tuple: &mut Tuple<A>, protocol: u8) -> Result<(), DropReason> {
     let mut parameters = parameters(ctx, tuple, protocol);
     let flags = if features::has(features::FIB_SOURCE) { BPF_FIB_LOOKUP_SRC } else { 0 };
     match lookup(ctx, &mut parameters, flags) {
@@ -88,30 +85,31 @@ pub fn source<C: Context>(ctx: &C, tuple: &Tuple<Ipv4Address>, protocol: u8) -> 
         _ => return Err(DropReason::NoRoute),
     }
     // With a resolved neighbour the kernel reports the source; without one it leaves the packet's own.
-    // SAFETY: the union member that every IPv4 lookup uses.
-    let chosen = Ipv4Address::from_be_word(unsafe { parameters.__bindgen_anon_3.ipv4_src });
+    let chosen = A::route_source(&parameters);
     if features::has(features::FIB_SOURCE) && chosen != tuple.source {
-        return Ok(chosen);
+        tuple.source = chosen;
+        return Ok(());
     }
-    // SAFETY: a map value stays readable while the program runs, and an address is one word.
-    let configured = unsafe { INTERFACES_MAP.get(parameters.ifindex) }.map(Ipv4Address::source);
+    // SAFETY: a map value stays readable while the program runs; an interface's address hardly ever changes.
+    let configured = unsafe { INTERFACES_MAP.get(parameters.ifindex) }.map(A::source);
     match configured {
-        Some(address) if address.be_word() != 0 => Ok(address),
+        Some(address) if address != A::UNSPECIFIED => {
+            tuple.source = address;
+            Ok(())
+        }
         _ => Err(DropReason::NoSourceAddress),
     }
 }
 
 #[inline(always)]
-fn parameters<C: Context>(ctx: &C, tuple: &Tuple<Ipv4Address>, protocol: u8) -> Parameters {
+fn parameters<C: Context, A: Network>(ctx: &C, tuple: &Tuple<A>, protocol: u8) -> Parameters {
     // SAFETY: all-zero bytes are a valid value of this plain C struct.
     let mut parameters: Parameters = unsafe { core::mem::zeroed() };
-    parameters.family = AF_INET;
+    A::set_route(&mut parameters, tuple);
     parameters.l4_protocol = protocol;
     parameters.sport = tuple.source_port_be;
     parameters.dport = tuple.destination_port_be;
     parameters.ifindex = ctx.ifindex();
-    parameters.__bindgen_anon_3.ipv4_src = tuple.source.be_word();
-    parameters.__bindgen_anon_4.ipv4_dst = tuple.destination.be_word();
     parameters
 }
 
@@ -124,11 +122,10 @@ fn lookup<C: Context>(ctx: &C, parameters: &mut Parameters, flags: u32) -> u32 {
 }
 
 #[inline(always)]
-fn route(parameters: &Parameters, resolved: bool) -> Route {
+fn route<A: Network>(parameters: &Parameters, resolved: bool) -> Route<A> {
     Route {
         ifindex: parameters.ifindex,
-        // SAFETY: the kernel wrote the next hop to the destination's member of the union.
-        next_hop: Ipv4Address::from_be_word(unsafe { parameters.__bindgen_anon_4.ipv4_dst }),
+        next_hop: A::route_next_hop(parameters),
         resolved,
         source_mac: parameters.smac,
         destination_mac: parameters.dmac,

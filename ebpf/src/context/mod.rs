@@ -37,6 +37,9 @@ pub trait Context {
     fn load_into<T: Copy>(&self, offset: u32, value: &mut T) -> Option<()>;
     /// Writes at an offset; `None` if that failed.
     fn store<T>(&self, offset: u32, value: &T) -> Option<()>;
+    /// The same for data whose change no checksum inside the packet makes up for: IPv6 addresses, SCTP. A checksum of the whole
+    /// packet that the device computed (CHECKSUM_COMPLETE) follows.
+    fn store_uncompensated<T>(&self, offset: u32, value: &T) -> Option<()>;
     /// Adjusts an IPv4 header checksum for data that changed by `difference` (a one's-complement sum).
     fn adjust_header_checksum(&self, offset: u32, difference: u64) -> Option<()>;
     /// Adjusts a TCP, UDP or ICMP checksum. `pseudo`: the data is part of the pseudo-header. `udp`: 0 means none.

@@ -1,9 +1,14 @@
 //! tc: packets are socket buffers. The checksum helpers know about partial and complete checksums, so they are used
 //! throughout; direct stores to checksum fields would break offloads.
+//!
+//! Where the device summed the whole packet (CHECKSUM_COMPLETE), that sum must follow too. `bpf_l4_csum_replace` with
+//! BPF_F_PSEUDO_HDR moves it as is right for IPv4, where the header's checksum makes up for the addresses; for IPv6 the
+//! store of the addresses moves it back ([`Context::store_uncompensated`]), which works on every kernel
+//! (BPF_F_IPV6 exists since 6.16 only).
 
 use core::ffi::c_void;
 
-use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
 use aya_ebpf::helpers::generated::bpf_skb_load_bytes;
 use aya_ebpf::programs::TcContext;
 
@@ -73,6 +78,11 @@ impl Context for TcContext {
     #[inline(always)]
     fn store<T>(&self, offset: u32, value: &T) -> Option<()> {
         self.skb.store(offset as usize, value, 0).ok()
+    }
+
+    #[inline(always)]
+    fn store_uncompensated<T>(&self, offset: u32, value: &T) -> Option<()> {
+        self.skb.store(offset as usize, value, u64::from(BPF_F_RECOMPUTE_CSUM)).ok()
     }
 
     #[inline(always)]

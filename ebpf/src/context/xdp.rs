@@ -41,7 +41,10 @@ impl Context for XdpContext {
 
     #[inline(always)]
     fn length(&self) -> u32 {
-        (self.data_end() - self.data()) as u32
+        let length = (self.data_end() - self.data()) as u32;
+        // SAFETY: reads a local. Volatile, or the compiler would compare pointers by way of arithmetic that the verifier refuses
+        // ("pointer arithmetic on pkt_end prohibited", kernel 6.18).
+        unsafe { (&raw const length).read_volatile() }
     }
 
     #[inline(always)]
@@ -67,6 +70,11 @@ impl Context for XdpContext {
         at::<T>(self, offset).map(|pointer| unsafe {
             core::ptr::copy_nonoverlapping(core::ptr::from_ref(value).cast::<u8>(), pointer.cast(), size_of::<T>())
         })
+    }
+
+    #[inline(always)]
+    fn store_uncompensated<T>(&self, offset: u32, value: &T) -> Option<()> {
+        self.store(offset, value)
     }
 
     #[inline(always)]

@@ -4,6 +4,8 @@
 pub const LENGTH: u32 = 14;
 /// EtherType of IPv4, network order.
 pub const TYPE_IPV4_BE: u16 = 0x0800_u16.to_be();
+/// EtherType of IPv6, network order.
+pub const TYPE_IPV6_BE: u16 = 0x86dd_u16.to_be();
 
 /// An untagged header.
 #[derive(Clone, Copy)]

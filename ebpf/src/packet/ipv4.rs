@@ -1,19 +1,29 @@
 //! IPv4 (RFC 791).
 
-use sheave_common::flow::{FlowKey, Tuple};
-use sheave_common::{Ipv4Address, PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP};
+use core::mem::MaybeUninit;
 
-use super::{Kind, Packet, transport};
+use aya_ebpf::bindings::{bpf_fib_lookup as RouteParameters, bpf_redir_neigh};
+use sheave_common::checksum::{self, difference, fold};
+use sheave_common::flow::{Flow, Tuple};
+use sheave_common::{Ipv4Address, PROTOCOL_ICMP};
+
+use super::network::{Answer, Network, Quote};
+use super::{Kind, Packet, Part, ethernet, parse_transport, transport};
 use crate::context::Context;
+use crate::{conntrack, translate};
 
 /// Bytes of a header without options.
-pub const LENGTH: u32 = 20;
+const LENGTH: u32 = 20;
 /// Offset of the header checksum.
-pub const CHECKSUM: u32 = 10;
+const CHECKSUM: u32 = 10;
 /// Offset of TTL and protocol.
-pub const TTL: u32 = 8;
+const TTL: u32 = 8;
 /// Offset of the source address; the destination follows.
-pub const ADDRESSES: u32 = 12;
+const ADDRESSES: u32 = 12;
+/// AF_INET
+const AF_INET: u8 = 2;
+/// TTL of answers.
+const ANSWER_TTL: u8 = 64;
 
 /// Flag "more fragments" and the fragment offset, network order.
 const FRAGMENT_MASK_BE: u16 = 0x3fff_u16.to_be();
@@ -54,64 +64,201 @@ impl Header {
     }
 }
 
-/// Parses the packet whose network header is at `network`. `packet` is filled as far as the returned kind says.
-#[inline(always)]
-pub fn parse<C: Context>(ctx: &C, network: u32, edge: u32, packet: &mut Packet<Ipv4Address>) -> Kind {
-    let Some(header) = ctx.load::<Header>(network) else { return Kind::NotOurs };
-    if header.version_and_length >> 4 != 4 {
-        return Kind::NotOurs;
+impl Network for Ipv4Address {
+    const ETHER_TYPE_BE: u16 = ethernet::TYPE_IPV4_BE;
+    const LENGTH: u32 = LENGTH;
+    const ICMP: u8 = PROTOCOL_ICMP;
+    const ICMP_PSEUDO: bool = false;
+    const ECHO_REPLY: u8 = 0;
+    type Header = Header;
+    type Quoted = [u8; 28];
+    const NO_QUOTE: Self::Quoted = [0; 28];
+
+    #[inline(always)]
+    fn with_room<R>(run: impl FnOnce(&mut MaybeUninit<Packet<Self>>, &mut MaybeUninit<Flow<Self>>) -> R) -> Option<R> {
+        Some(run(&mut MaybeUninit::uninit(), &mut MaybeUninit::uninit()))
     }
-    let header_length = header.header_length();
-    let total = match u32::from(u16::from_be(header.total_length_be)) {
-        // A GSO packet of more than 64 KiB says 0 (gso_ipv4_max_size, since kernel 6.3).
-        0 if ctx.segment_payload() != 0 => ctx.length() - network,
-        total => total,
-    };
-    if header_length < LENGTH || total < header_length || total > ctx.length() - network {
-        return Kind::Malformed;
-    }
-    if C::XDP && header_length != LENGTH {
-        // tc handles options; a fixed offset keeps XDP's bounds checks simple.
-        return Kind::NotOurs;
-    }
-    packet.set_offsets(network, network + header_length);
-    let transport_offset = packet.transport::<C>();
-    packet.length = total;
-    packet.ttl = header.ttl;
-    packet.tcp_flags = 0;
-    packet.key = FlowKey::new(
-        Tuple { source: header.source, destination: header.destination, source_port_be: 0, destination_port_be: 0 },
-        header.protocol,
-        edge,
-    );
-    let fragment = header.fragment_be & FRAGMENT_MASK_BE != 0;
-    if header.fragment_be & OFFSET_MASK_BE != 0 {
-        return Kind::Fragment;
-    }
-    match header.protocol {
-        PROTOCOL_TCP => {
-            let Some(tcp) = ctx.load::<transport::Tcp>(transport_offset) else { return Kind::Malformed };
-            if total < header_length + transport::TCP_LENGTH {
-                return Kind::Malformed;
-            }
-            packet.tcp_flags = tcp.flags;
-            packet.key.tuple.source_port_be = tcp.source_be;
-            packet.key.tuple.destination_port_be = tcp.destination_be;
+
+    #[inline(always)]
+    fn parse<C: Context>(ctx: &C, network: u32, edge: u32, room: &mut MaybeUninit<Packet<Self>>) -> Kind {
+        let Some(header) = ctx.load::<Header>(network) else { return Kind::NotOurs };
+        if header.version_and_length >> 4 != 4 {
+            return Kind::NotOurs;
         }
-        PROTOCOL_UDP => {
-            let Some(udp) = ctx.load::<transport::Udp>(transport_offset) else { return Kind::Malformed };
-            if total < header_length + transport::UDP_LENGTH {
-                return Kind::Malformed;
-            }
-            packet.key.tuple.source_port_be = udp.source_be;
-            packet.key.tuple.destination_port_be = udp.destination_be;
+        let header_length = header.header_length();
+        let total = match u32::from(u16::from_be(header.total_length_be)) {
+            // A GSO packet of more than 64 KiB says 0 (gso_ipv4_max_size, since kernel 6.3).
+            0 if ctx.segment_payload() != 0 => ctx.length() - network,
+            total => total,
+        };
+        let place = room.as_mut_ptr();
+        // SAFETY: the place is a packet's, and every field is written.
+        let packet = unsafe {
+            (&raw mut (*place).key.tuple.source).write(header.source);
+            (&raw mut (*place).key.tuple.destination).write(header.destination);
+            Packet::fill(place, network, edge, header.protocol, total, header.ttl);
+            room.assume_init_mut()
+        };
+        packet.transport = network + header_length;
+        packet.identification = u32::from(header.id_be);
+        if header.fragment_be & OFFSET_MASK_BE != 0 {
+            packet.part = Part::Later;
+        } else if header.fragment_be & FRAGMENT_MASK_BE != 0 {
+            packet.part = Part::First;
         }
-        PROTOCOL_ICMP => {
-            let Some(kind) = ctx.load::<u8>(transport_offset) else { return Kind::Malformed };
-            // Unreachable, redirect, time exceeded, parameter problem (RFC 792).
-            return if matches!(kind, 3 | 5 | 11 | 12) && !fragment { Kind::IcmpError } else { Kind::Other };
+        if header_length < LENGTH || total < header_length || total > ctx.length() - network {
+            return Kind::BadLength;
         }
-        _ => return Kind::Other,
+        if C::XDP && header_length != LENGTH {
+            // tc handles options; a fixed offset keeps XDP's bounds checks simple.
+            return Kind::NotOurs;
+        }
+        if packet.part == Part::Later {
+            return if transport::translated(header.protocol) { Kind::Later } else { Kind::Other };
+        }
+        if header.protocol == PROTOCOL_ICMP {
+            let Some(kind) = ctx.load::<u8>(packet.transport::<C>()) else { return Kind::Malformed };
+            // Echo request; unreachable, redirect, time exceeded, parameter problem (RFC 792).
+            return match (kind, packet.part) {
+                (8, Part::Whole) => Kind::Echo,
+                (3 | 5 | 11 | 12, Part::Whole) => Kind::IcmpError,
+                _ => Kind::Other,
+            };
+        }
+        parse_transport(ctx, packet, total - header_length)
     }
-    if fragment { Kind::Fragment } else { Kind::Transport }
+
+    #[inline(always)]
+    fn is_one_host(self) -> bool {
+        self.is_one_host()
+    }
+
+    #[inline(always)]
+    fn rewrite<C: Context>(ctx: &C, packet: &Packet<Self>, new: &Tuple<Self>, redirected: bool) -> Option<()> {
+        translate::rewrite(ctx, packet, new, redirected)
+    }
+
+    #[inline(always)]
+    fn rewrite_header<C: Context>(
+        ctx: &C,
+        packet: &Packet<Self>,
+        new: &Tuple<Self>,
+        redirected: bool,
+        mut changed: u64,
+    ) -> Option<()> {
+        if redirected {
+            let old = [packet.ttl, packet.key.protocol];
+            let new = [packet.ttl - 1, packet.key.protocol];
+            changed += difference(u32::from(u16::from_ne_bytes(old)), u32::from(u16::from_ne_bytes(new)));
+            ctx.store(packet.network::<C>() + TTL, &new[0])?;
+        }
+        ctx.adjust_header_checksum(packet.network::<C>() + CHECKSUM, changed)?;
+        ctx.store(packet.network::<C>() + ADDRESSES, &[new.source, new.destination])
+    }
+
+    #[inline(always)]
+    fn quote<C: Context>(ctx: &C, packet: &Packet<Self>, quote: &mut MaybeUninit<Quote<Self>>) -> bool {
+        let network = packet.transport::<C>() + transport::ICMP_LENGTH;
+        let Some(header) = ctx.load::<Header>(network) else { return false };
+        let Some(ports) = ctx.load::<transport::Ports>(network + LENGTH) else { return false };
+        if header.version_and_length != 0x45 || header.fragment_be & OFFSET_MASK_BE != 0 {
+            return false;
+        }
+        quote.write(Quote {
+            tuple: Tuple {
+                source: header.source,
+                destination: header.destination,
+                source_port_be: ports.source_be,
+                destination_port_be: ports.destination_be,
+            },
+            protocol: header.protocol,
+            network,
+            transport: network + LENGTH,
+        });
+        true
+    }
+
+    #[inline(always)]
+    fn is_redirect(kind: u8) -> bool {
+        kind == 5
+    }
+
+    #[inline(always)]
+    fn rewrite_quoted<C: Context>(ctx: &C, network: u32, rewrite: &Tuple<Self>, changed: u64) -> Option<u64> {
+        let before = ctx.load::<u16>(network + CHECKSUM)?;
+        let after = checksum::update(before, changed);
+        ctx.store(network + ADDRESSES, &[rewrite.destination, rewrite.source])?;
+        ctx.store(network + CHECKSUM, &after)?;
+        Some(difference(u32::from(before), u32::from(after)))
+    }
+
+    #[inline(always)]
+    fn answer_header(packet: &Packet<Self>, protocol: u8, payload: u16) -> Header {
+        let mut header = Header {
+            version_and_length: 0x45,
+            tos: 0,
+            total_length_be: (LENGTH as u16 + payload).to_be(),
+            id_be: 0,
+            fragment_be: 0,
+            ttl: ANSWER_TTL,
+            protocol,
+            checksum: 0,
+            source: packet.key.tuple.destination,
+            destination: packet.key.tuple.source,
+        };
+        // Summed from its words: the header is on its way into a larger struct, and a helper would need it in memory twice.
+        let words = [u16::from_ne_bytes([header.version_and_length, header.tos]), header.total_length_be];
+        let last = u16::from_ne_bytes([header.ttl, header.protocol]);
+        let addresses = u64::from(header.source.be_word()) + u64::from(header.destination.be_word());
+        header.checksum = !fold(u64::from(words[0]) + u64::from(words[1]) + u64::from(last) + addresses);
+        header
+    }
+
+    #[inline(always)]
+    fn icmp_kind(answer: Answer) -> [u8; 2] {
+        match answer {
+            Answer::PortUnreachable => [3, 3],
+            Answer::TimeExceeded => [11, 0],
+            Answer::TooBig => [3, 4],
+        }
+    }
+
+    #[inline(always)]
+    fn claim_and_insert(keep_closed: bool, now: u32) -> bool {
+        conntrack::claim_and_insert4(u32::from(keep_closed), now) != 0
+    }
+
+    #[inline(always)]
+    fn set_route(parameters: &mut RouteParameters, tuple: &Tuple<Self>) {
+        parameters.family = AF_INET;
+        parameters.__bindgen_anon_3.ipv4_src = tuple.source.be_word();
+        parameters.__bindgen_anon_4.ipv4_dst = tuple.destination.be_word();
+    }
+
+    #[inline(always)]
+    fn route_source(parameters: &RouteParameters) -> Self {
+        // SAFETY: the union member that every IPv4 lookup uses.
+        Self::from_be_word(unsafe { parameters.__bindgen_anon_3.ipv4_src })
+    }
+
+    #[inline(always)]
+    fn route_next_hop(parameters: &RouteParameters) -> Self {
+        // SAFETY: the kernel wrote the next hop to the destination's member of the union.
+        Self::from_be_word(unsafe { parameters.__bindgen_anon_4.ipv4_dst })
+    }
+
+    #[inline(always)]
+    fn neighbour(self) -> bpf_redir_neigh {
+        // SAFETY: all-zero bytes are a valid value of this plain C struct.
+        let mut neighbour: bpf_redir_neigh = unsafe { core::mem::zeroed() };
+        neighbour.nh_family = u32::from(AF_INET);
+        neighbour.__bindgen_anon_1.ipv4_nh = self.be_word();
+        neighbour
+    }
+
+    #[cfg(feature = "packet-trace")]
+    #[inline(always)]
+    fn to_ip(self) -> core::net::IpAddr {
+        core::net::IpAddr::V4(self.into())
+    }
 }

@@ -7,6 +7,7 @@
 mod address;
 
 use core::marker::PhantomData;
+use core::mem::MaybeUninit;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
@@ -206,7 +207,8 @@ fn balance<F: Form>(call: &Call<'_, F>, request: Request) -> i32 {
     // The client of SEMANTICS' affinity is an address, and a socket has none yet: this node's own for its processes, and
     // for those of another namespace (which `host` mode leaves alone) one that no packet has.
     let client = if call.host { F::Address::node(call.config) } else { F::Address::of_namespace(call.namespace) };
-    let choice = match balance::choose(&key, Origin::Inside, &client, features::now()) {
+    let mut choice = MaybeUninit::uninit();
+    let choice = match balance::choose(&key, Origin::Inside, &client, features::now(), &mut choice) {
         Ok(choice) => choice,
         Err(DropReason::NoEndpoint) => return refuse(DropReason::NoEndpoint),
         Err(reason) => {

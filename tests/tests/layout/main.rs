@@ -16,10 +16,18 @@ use sheave_common::names;
 fn map_types_equal_the_btf_of_the_built_object() -> Result<()> {
     let built = btf::maps(sheave::EBPF_OBJECT)?;
     let declared = shapes::maps();
-    let known: BTreeSet<&str> = names::MAPS.iter().copied().collect();
+    let known: BTreeSet<&str> = names::MAPS.iter().chain(names::PRIVATE).copied().collect();
     let of = |maps: &std::collections::BTreeMap<String, _>| maps.keys().cloned().collect::<Vec<_>>();
-    ensure!(known.iter().eq(of(&built).iter()), "names::MAPS is {known:?}, the object has {:?}", of(&built));
-    ensure!(known.iter().eq(of(&declared).iter()), "names::MAPS is {known:?}, this test knows {:?}", of(&declared));
+    ensure!(
+        known.iter().eq(of(&built).iter()),
+        "names::MAPS and PRIVATE are {known:?}, the object has {:?}",
+        of(&built)
+    );
+    ensure!(
+        known.iter().eq(of(&declared).iter()),
+        "names::MAPS and PRIVATE are {known:?}, this test knows {:?}",
+        of(&declared)
+    );
     for (name, (key, value)) in &declared {
         let (built_key, built_value) = &built[name];
         assert_eq!(built_key, key, "key of {name}: the object's (left) is not common's (right)");
