@@ -3,7 +3,9 @@
 //! A change is applied at once; a burst becomes one pass. Nothing is applied before the source and the interfaces have
 //! reported everything that existed at the start: a Service without its EndpointSlices, or nodePorts without addresses,
 //! would undo what the kernel still holds from before. Programs are put on interfaces right away. Nothing is undone at
-//! the end: the dataplane outlives this task.
+//! the end: the dataplane outlives this task. [`inputs`] is what it waits for.
+
+mod inputs;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -11,8 +13,8 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::task::{JoinError, JoinHandle, JoinSet};
-use tokio::time::{Instant, sleep_until};
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use crate::config::RunConfig;
@@ -24,14 +26,13 @@ use crate::model::{Change, Model, ModelOptions};
 use crate::plan::Grace;
 use crate::serve::{self, Arrival, Status};
 use crate::source::{self, SourceError, SourceEvent};
+use inputs::{Input, Inputs, Passing, QUEUE};
 
 /// The least time between two passes: what arrives meanwhile becomes one.
 const PAUSE: Duration = Duration::from_millis(5);
 /// The first wait before something that failed is tried again; each further one is twice as long.
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
-/// Events that may wait for the controller.
-const QUEUE: usize = 1_024;
 
 /// Why the controller had to end.
 #[derive(Debug, thiserror::Error)]
@@ -67,66 +68,29 @@ pub async fn run(config: RunConfig, shutdown: impl Future<Output = ()>) -> Resul
         Ok(())
     });
     let dataplane = Dataplane::open(&config)?;
-    let (source_sender, mut source_events) = mpsc::channel(QUEUE);
-    let (interface_sender, mut interface_events) = mpsc::channel(QUEUE);
+    let (source_sender, source_events) = mpsc::channel(QUEUE);
+    let (interface_sender, interface_events) = mpsc::channel(QUEUE);
     let (node_addresses, watched_addresses) = watch::channel(Vec::new());
     let (rules, source, node) = (config.interfaces.clone(), config.source.clone(), config.node_name.clone());
     tasks.spawn(async { source::run(source, node, source_sender).await.map_err(ControllerError::from) });
     tasks.spawn(async { interfaces::run(rules, watched_addresses, interface_sender).await.map_err(From::from) });
+    let mut inputs = Inputs { source: source_events, interfaces: interface_events, tasks };
     let mut controller = Controller::new(&config, dataplane, node_addresses, status);
     let mut shutdown = std::pin::pin!(shutdown);
     loop {
         let due = controller.due();
-        tokio::select! {
+        let input = tokio::select! {
             () = &mut shutdown => return Ok(()),
-            Some(event) = source_events.recv() => controller.source_event(event),
-            Some(event) = interface_events.recv() => controller.interface_event(event),
-            () = until(due) => {}
-            result = grace_over(&mut controller.grace) => {
-                let grace = result?;
-                controller.reclaim(grace);
-            }
-            ended = tasks.join_next() => {
-                return match ended {
-                    Some(result) => result?.and(Err(ControllerError::Ended)),
-                    None => Err(ControllerError::Ended),
-                };
-            }
-        }
+            input = inputs.next(due, &mut controller.grace) => input?,
+        };
         controller.status.wake();
+        controller.take(input);
         // What waits already becomes one pass with it.
         for _ in 0..QUEUE {
-            let Ok(event) = source_events.try_recv() else { break };
-            controller.source_event(event);
-        }
-        for _ in 0..QUEUE {
-            let Ok(event) = interface_events.try_recv() else { break };
-            controller.interface_event(event);
+            let Some(input) = inputs.ready() else { break };
+            controller.take(input);
         }
         controller.pass();
-    }
-}
-
-async fn until(due: Option<Instant>) {
-    match due {
-        Some(instant) => sleep_until(instant).await,
-        None => std::future::pending().await,
-    }
-}
-
-/// A grace period that is passing, in a thread of its own.
-type Passing = (JoinHandle<()>, Grace);
-
-/// Completes when a grace period has passed; never if none does.
-async fn grace_over(passing: &mut Option<Passing>) -> Result<Grace, JoinError> {
-    match passing {
-        Some((thread, grace)) => {
-            let grace = *grace;
-            thread.await?;
-            *passing = None;
-            Ok(grace)
-        }
-        None => std::future::pending().await,
     }
 }
 
@@ -190,6 +154,16 @@ impl Controller {
             next_pass: Instant::now(),
             retry: None,
             retry_delay: FIRST_RETRY,
+        }
+    }
+
+    fn take(&mut self, input: Input) {
+        match input {
+            Input::Source(event) => self.source_event(event),
+            Input::Interface(event) => self.interface_event(event),
+            Input::GraceOver(grace) => self.reclaim(grace),
+            // A pass follows in any case.
+            Input::Due => {}
         }
     }
 
