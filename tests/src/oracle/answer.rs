@@ -51,6 +51,8 @@ pub struct Packet {
     pub destination: SocketAddr,
     /// How.
     pub protocol: Protocol,
+    /// The client uses this source port for another connection, too; if both have one endpoint, one gets another port.
+    pub shares_port: bool,
 }
 
 impl fmt::Display for Packet {

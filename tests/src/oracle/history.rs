@@ -6,13 +6,13 @@ use std::net::SocketAddr;
 
 use fastrand::Rng;
 
-use super::answer::{Answer, Edge, Oracle, Packet, Source};
+use super::answer::{Answer, Edge, Oracle, Packet, Protocol, Source};
 use super::cluster::{Cluster, Options};
 use super::generate;
 use super::memory::{Expected, Memory};
 use super::mutate::{Change, changes, mutate};
 use super::packets::Clients;
-use super::real::{Seen, Sheave, make_node};
+use super::real::{Passage, Seen, Sheave, make_node};
 use crate::netns::Namespace;
 
 /// Random packets after each change.
@@ -39,6 +39,8 @@ pub struct Tally {
     pub dropped: u64,
     /// Translated.
     pub translated: u64,
+    /// Translated packets that were answered, with the handshake completed if it is one.
+    pub answered: u64,
     /// Sets that were drawn from until every member had come.
     pub sets: u64,
 }
@@ -114,7 +116,7 @@ impl History {
         if self.story.step.is_multiple_of(LIFE) {
             next = generate::cluster(&mut self.rng);
             self.sheave.forget_flows();
-            self.memory.take_datagrams();
+            self.memory.forget_flows();
         } else {
             mutate(&mut self.rng, &mut next);
         }
@@ -123,20 +125,24 @@ impl History {
         let changes = changes(&mut self.rng, &self.story.cluster, &next);
         (self.story.cluster, self.story.last_changes, self.story.packet) = (next, changes, None);
         self.sheave.apply(&self.story.last_changes);
-        if self.rng.u8(0..4) == 0 {
+        if self.rng.u8(0..8) == 0 {
             self.sheave.reclaim();
         }
-        if self.rng.u8(0..100) == 0 {
+        if self.rng.u8(0..128) == 0 {
             self.sheave.restart();
         }
         let now = Oracle::new(&self.story.cluster, &self.story.options);
         self.before = std::mem::replace(&mut self.oracle, now);
         self.memory.changed(&self.oracle);
         self.repeat();
+        self.go_on();
         for _ in 0..PACKETS {
             let packet = self.clients.packet(&mut self.rng, &self.oracle, &self.before);
-            let xdp = self.rng.bool();
-            self.first(packet, xdp);
+            let (xdp, answered) = (self.rng.bool(), self.rng.bool());
+            let Some(passage) = self.first(&packet, xdp) else { continue };
+            if answered {
+                self.answered(&packet, &passage);
+            }
         }
         for _ in 0..SETS {
             // Not every frontend has endpoints.
@@ -153,8 +159,8 @@ impl History {
             let xdp = self.rng.bool();
             let seen = self.send(&datagram.packet, xdp);
             match (&expected, &seen) {
-                (Expected::Stays { endpoint, sources, .. }, Seen::Translated { to, source })
-                    if to == endpoint && sources.contains(source) => {}
+                (Expected::Stays { endpoint, sources, .. }, Seen::Translated(passage))
+                    if passage.to == *endpoint && sources.contains(&passage.source) => {}
                 (Expected::Stays { or: Some(answer), .. } | Expected::Exactly(answer), seen) if agree(answer, seen) => {
                     self.began(&datagram.packet, seen);
                 }
@@ -164,23 +170,48 @@ impl History {
     }
 
     /// The first packet of a connection, and where it went.
-    fn first(&mut self, packet: Packet, xdp: bool) -> Option<SocketAddr> {
-        let answer = self.memory.first(&self.oracle, &packet);
-        let seen = self.send(&packet, xdp);
+    fn first(&mut self, packet: &Packet, xdp: bool) -> Option<Passage> {
+        let answer = self.memory.first(&self.oracle, packet);
+        let seen = self.send(packet, xdp);
         assert!(agree(&answer, &seen), "{packet}: expected {answer:?}, but {seen:?}");
+        if let Seen::Translated(Passage { from, source: Source::Kept, .. }) = seen {
+            assert!(from == packet.source || packet.shares_port, "{packet}: comes from {from}");
+        }
         match answer {
             Answer::NotOurs => self.tally.not_ours += 1,
             Answer::Rejected(_) => self.tally.rejected += 1,
             Answer::Dropped => self.tally.dropped += 1,
             Answer::Translated(_) => self.tally.translated += 1,
         }
-        self.began(&packet, &seen)
+        self.began(packet, &seen)
     }
 
-    fn began(&mut self, packet: &Packet, seen: &Seen) -> Option<SocketAddr> {
-        let Seen::Translated { to, source } = seen else { return None };
-        self.memory.began(&self.oracle, packet, *to, *source);
-        Some(*to)
+    fn began(&mut self, packet: &Packet, seen: &Seen) -> Option<Passage> {
+        let Seen::Translated(passage) = seen else { return None };
+        self.memory.began(&self.oracle, packet, passage);
+        Some(*passage)
+    }
+
+    /// The client hears from whom it asked, and from nobody else.
+    fn answered(&mut self, packet: &Packet, passage: &Passage) {
+        let answer = self.sheave.answer(packet, passage);
+        let expected = Some((packet.destination, packet.source));
+        assert_eq!(answer, expected, "{packet}: the answer of {passage:?}");
+        if packet.protocol == Protocol::Tcp {
+            assert_eq!(self.sheave.continue_open(packet), as_seen(packet, passage), "{packet}: after the handshake");
+            self.memory.opened(&self.oracle, packet, passage);
+        }
+        self.tally.answered += 1;
+    }
+
+    /// Open connections go on, whatever became of their endpoints.
+    fn go_on(&mut self) {
+        for flow in self.memory.open() {
+            self.story.packet = Some(flow.packet.clone());
+            let seen = self.sheave.continue_open(&flow.packet);
+            assert_eq!(seen, as_seen(&flow.packet, &flow.passage), "{}: an open connection", flow.packet);
+            self.tally.cases += 1;
+        }
     }
 
     fn send(&mut self, packet: &Packet, xdp: bool) -> Seen {
@@ -189,7 +220,7 @@ impl History {
         match self.sheave.send(packet, xdp) {
             // A Service's address may be a node's, whose own server is among the endpoints.
             Seen::Untouched if self.oracle.service_port(packet).is_some() => {
-                Seen::Translated { to: packet.destination, source: Source::Kept }
+                Seen::Translated(Passage { to: packet.destination, from: packet.source, source: Source::Kept })
             }
             seen => seen,
         }
@@ -208,14 +239,14 @@ impl History {
             let packet = self.clients.stranger(&mut rng, edge, destination, protocol);
             let all = self.oracle.answer(&packet);
             let free = self.memory.first(&self.oracle, &packet) == all;
-            let went = self.first(packet, rng.bool());
+            let went = self.first(&packet, rng.bool());
             let Answer::Translated(choices) = all else { return false };
             // A client that affinity binds already says nothing about chance.
             if !free {
                 continue;
             }
             drawn += 1.0;
-            chosen.extend(went);
+            chosen.extend(went.map(|passage| passage.to));
             let members = choices.len() as f64;
             // The chance to miss one of n in d draws is at most n·e^(-d/n): one in 10^10.
             enough = if choices.len() == 1 { 1.0 } else { members * (members.ln() + 23.0) };
@@ -233,7 +264,13 @@ fn agree(answer: &Answer, seen: &Seen) -> bool {
     match (answer, seen) {
         (Answer::NotOurs, Seen::Untouched) | (Answer::Dropped, Seen::Dropped) => true,
         (Answer::Rejected(expected), Seen::Refused(refusal)) => expected == refusal,
-        (Answer::Translated(choices), Seen::Translated { to, source }) => choices.get(to) == Some(source),
+        (Answer::Translated(choices), Seen::Translated(passage)) => choices.get(&passage.to) == Some(&passage.source),
         _ => false,
     }
+}
+
+/// What is seen of a packet that goes this way. To a Service's address that is also its endpoint's, that is nothing.
+fn as_seen(packet: &Packet, passage: &Passage) -> Seen {
+    let same = (passage.from, passage.to) == (packet.source, packet.destination);
+    if same { Seen::Untouched } else { Seen::Translated(*passage) }
 }

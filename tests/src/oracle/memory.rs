@@ -1,27 +1,29 @@
 //! What clients have done before, as far as the rules care: whom affinity binds to which endpoint, and which datagrams
-//! belong to a flow.
+//! belong to a flow, and which connections are open.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use super::answer::{Answer, Oracle, Packet, Protocol, Source};
 use super::frontends::ServicePortKey;
+use super::real::Passage;
 
 /// What is remembered.
 #[derive(Debug, Default)]
 pub(super) struct Memory {
     /// By client and service port, whichever address and source port it used.
     affinity: BTreeMap<(IpAddr, ServicePortKey), SocketAddr>,
-    datagrams: Vec<Datagram>,
+    datagrams: Vec<Flow>,
+    open: Vec<Flow>,
 }
 
-/// A datagram that was translated.
+/// A connection, or datagrams of one tuple.
 #[derive(Clone, Debug)]
-pub(super) struct Datagram {
+pub(super) struct Flow {
+    /// Its first packet.
     pub(super) packet: Packet,
     service_port: ServicePortKey,
-    endpoint: SocketAddr,
-    source: Source,
+    pub(super) passage: Passage,
 }
 
 /// What may become of a packet.
@@ -53,8 +55,8 @@ impl Memory {
     }
 
     /// What may become of a datagram that repeats one of before.
-    pub(super) fn again(&self, oracle: &Oracle, datagram: &Datagram) -> Expected {
-        let Datagram { packet, service_port, endpoint, source } = datagram;
+    pub(super) fn again(&self, oracle: &Oracle, datagrams: &Flow) -> Expected {
+        let Flow { packet, service_port, passage: Passage { to: endpoint, source, .. } } = datagrams;
         let first = self.first(oracle, packet);
         if oracle.service_port(packet) != Some(service_port) || !oracle.is_serving(service_port, *endpoint) {
             return Expected::Exactly(first);
@@ -69,26 +71,49 @@ impl Memory {
     }
 
     /// A connection began.
-    pub(super) fn began(&mut self, oracle: &Oracle, packet: &Packet, endpoint: SocketAddr, source: Source) {
+    pub(super) fn began(&mut self, oracle: &Oracle, packet: &Packet, passage: &Passage) {
         let Some(service_port) = oracle.service_port(packet) else { return };
         if oracle.has_affinity(service_port) {
-            self.affinity.insert((packet.source.ip(), service_port.clone()), endpoint);
+            self.affinity.insert((packet.source.ip(), service_port.clone()), passage.to);
         }
         if packet.protocol == Protocol::Udp {
-            let (packet, service_port) = (packet.clone(), service_port.clone());
-            self.datagrams.push(Datagram { packet, service_port, endpoint, source });
+            self.datagrams.push(flow(packet, service_port, passage));
+        }
+    }
+
+    /// A TCP connection was answered.
+    pub(super) fn opened(&mut self, oracle: &Oracle, packet: &Packet, passage: &Passage) {
+        if let Some(service_port) = oracle.service_port(packet) {
+            self.open.push(flow(packet, service_port, passage));
         }
     }
 
     /// The cluster changed. What the rules no longer bind is forgotten: it may be remembered, but need not.
     pub(super) fn changed(&mut self, oracle: &Oracle) {
+        // Flows of a Service that is gone are forgotten by and by.
+        self.open.retain(|flow| oracle.service_port(&flow.packet) == Some(&flow.service_port));
         self.affinity.retain(|(_, service_port), endpoint| {
             oracle.has_affinity(service_port) && oracle.is_usable(service_port, *endpoint)
         });
     }
 
     /// Takes the datagrams of the time since the last call.
-    pub(super) fn take_datagrams(&mut self) -> Vec<Datagram> {
+    pub(super) fn take_datagrams(&mut self) -> Vec<Flow> {
         std::mem::take(&mut self.datagrams)
     }
+
+    /// The TCP connections that are open.
+    pub(super) fn open(&self) -> &[Flow] {
+        &self.open
+    }
+
+    /// Every flow has timed out.
+    pub(super) fn forget_flows(&mut self) {
+        self.datagrams.clear();
+        self.open.clear();
+    }
+}
+
+fn flow(packet: &Packet, service_port: &ServicePortKey, passage: &Passage) -> Flow {
+    Flow { packet: packet.clone(), service_port: service_port.clone(), passage: *passage }
 }

@@ -8,17 +8,19 @@ use fastrand::Rng;
 use super::answer::{Edge, Oracle, Packet, Protocol};
 use super::generate::{self, NODE_PORTS, PORTS, TARGETS};
 
-/// Clients, none of which uses a source port twice: every packet is the first of its connection.
+/// Clients. None of them uses a source port twice for one destination: every packet is the first of its connection.
 #[derive(Debug)]
 pub(super) struct Clients {
     next_port: BTreeMap<IpAddr, u16>,
+    /// The last connection, if its port was used once.
+    last: Option<Packet>,
     /// Whether they use IPv6, too.
     ipv6: bool,
 }
 
 impl Clients {
     pub(super) fn new(ipv6: bool) -> Self {
-        Self { next_port: BTreeMap::new(), ipv6 }
+        Self { next_port: BTreeMap::new(), last: None, ipv6 }
     }
 
     /// A packet for a cluster; `before` is what the cluster was.
@@ -30,7 +32,17 @@ impl Clients {
             _ => None,
         }
         .unwrap_or_else(|| self.anywhere(rng));
-        self.to(rng, destination, protocol)
+        // The port of another connection, which may well have the same endpoint.
+        if let Some(last) = self.last.take()
+            && rng.u8(0..4) == 0
+            && last.destination != destination
+            && last.destination.is_ipv6() == destination.is_ipv6()
+        {
+            return Packet { destination, protocol, shares_port: true, ..last };
+        }
+        let packet = self.to(rng, destination, protocol);
+        self.last = Some(packet.clone());
+        packet
     }
 
     /// A packet to there.
@@ -62,7 +74,7 @@ impl Clients {
         // Above the ports of endpoints, so that no connection looks like the answer of another.
         let port = self.next_port.entry(source).or_insert(20_000);
         *port = port.checked_add(1).expect("no client makes so many connections");
-        Packet { edge, source: SocketAddr::new(source, *port), destination, protocol }
+        Packet { edge, source: SocketAddr::new(source, *port), destination, protocol, shares_port: false }
     }
 
     /// Some frontend that clients may ask.

@@ -24,7 +24,7 @@ use super::generate::node_ip;
 use super::mutate::Change;
 use crate::leftovers::unique_name;
 use crate::netns::Namespace;
-use crate::packet::{self, NODE_MAC, RST, SYN, View};
+use crate::packet::{self, ACK, NODE_MAC, RST, SYN, View};
 use crate::program::{DROP, NEXT, Outcome, Programs, REDIRECT, SkbContext, XDP_PASS, XDP_TX};
 
 /// Source ports of SNAT.
@@ -40,9 +40,20 @@ pub(super) enum Seen {
     /// Answered in the name of what it asked.
     Refused(Refusal),
     /// Sent on.
-    Translated { to: SocketAddr, source: Source },
+    Translated(Passage),
     /// Something that no packet should meet.
     Odd(String),
+}
+
+/// How a packet went on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Passage {
+    /// The endpoint.
+    pub(super) to: SocketAddr,
+    /// Whom it believes to be asked by.
+    pub(super) from: SocketAddr,
+    /// Which kind of address that is.
+    pub(super) source: Source,
 }
 
 /// A node with Sheave. Everything it made goes with it.
@@ -171,18 +182,37 @@ impl Sheave {
         }
     }
 
+    /// Lets the endpoint answer the first packet of a connection, and returns from whom to whom that seems to go when it
+    /// leaves Sheave's hands. `None` if it does not go where the client is.
+    pub(super) fn answer(&mut self, packet: &Packet, passage: &Passage) -> Option<(SocketAddr, SocketAddr)> {
+        let frame = frame_of(packet.protocol, passage.to, passage.from, SYN | ACK);
+        // Where the answer meets this node, and what has to become of it there: the stack has it already, or never gets it.
+        let (program, ifindex, action) = match (packet.edge, passage.source) {
+            (Edge::Pod, Source::Hairpin) => ("pod_ingress", self.pod, REDIRECT),
+            (Edge::Pod, _) => ("pod_egress", self.pod, NEXT),
+            (Edge::Uplink, Source::Kept) => ("uplink_egress", self.uplink, NEXT),
+            (Edge::Uplink, _) => ("uplink_ingress", self.uplink, REDIRECT),
+        };
+        let context = SkbContext { ifindex, ..SkbContext::default() };
+        let outcome = self.programs.tc(program, &frame, context).expect("tc runs");
+        let view = View(&outcome.packet);
+        view.assert_checksums();
+        (outcome.action == action).then(|| (view.source(), view.destination()))
+    }
+
+    /// Sends a segment of a TCP connection that is open.
+    pub(super) fn continue_open(&mut self, packet: &Packet) -> Seen {
+        let frame = frame_of(packet.protocol, packet.source, packet.destination, ACK);
+        self.by_tc(packet, &frame)
+    }
+
     /// Sends a packet. At the uplink, XDP sees it first if `xdp` says so.
     pub(super) fn send(&mut self, packet: &Packet, xdp: bool) -> Seen {
-        let frame = frame(packet);
-        let (program, ifindex) = match packet.edge {
-            Edge::Pod => ("pod_ingress", self.pod),
-            Edge::Uplink => ("uplink_ingress", self.uplink),
-        };
+        let frame = frame_of(packet.protocol, packet.source, packet.destination, SYN);
         let by_xdp = (xdp && packet.edge == Edge::Uplink)
-            .then(|| self.programs.xdp(&frame, ifindex).expect("XDP runs"))
+            .then(|| self.programs.xdp(&frame, self.uplink).expect("XDP runs"))
             .filter(|outcome| (outcome.action, &outcome.packet) != (XDP_PASS, &frame));
-        let context = SkbContext { ifindex, ..SkbContext::default() };
-        let by_tc = interpret(packet, &frame, &self.programs.tc(program, &frame, context).expect("tc runs"));
+        let by_tc = self.by_tc(packet, &frame);
         let Some(by_xdp) = by_xdp else { return by_tc };
         if by_xdp.action != XDP_TX {
             return Seen::Odd(format!("XDP: {by_xdp:?}"));
@@ -191,6 +221,15 @@ impl Sheave {
         let redirected = Outcome { action: REDIRECT, packet: by_xdp.packet };
         let seen = interpret(packet, &frame, &redirected);
         if seen == by_tc { seen } else { Seen::Odd(format!("XDP: {seen:?}, then tc: {by_tc:?}")) }
+    }
+
+    fn by_tc(&mut self, packet: &Packet, frame: &[u8]) -> Seen {
+        let (program, ifindex) = match packet.edge {
+            Edge::Pod => ("pod_ingress", self.pod),
+            Edge::Uplink => ("uplink_ingress", self.uplink),
+        };
+        let context = SkbContext { ifindex, ..SkbContext::default() };
+        interpret(packet, frame, &self.programs.tc(program, frame, context).expect("tc runs"))
     }
 }
 
@@ -278,10 +317,10 @@ fn read(change: &Change) -> ModelChange {
     }
 }
 
-fn frame(packet: &Packet) -> Vec<u8> {
-    let (source, destination) = (packet.source.to_string(), packet.destination.to_string());
-    let built = match packet.protocol {
-        Protocol::Tcp => packet::Packet::tcp(&source, &destination, SYN),
+fn frame_of(protocol: Protocol, source: SocketAddr, destination: SocketAddr, flags: u8) -> Vec<u8> {
+    let (source, destination) = (source.to_string(), destination.to_string());
+    let built = match protocol {
+        Protocol::Tcp => packet::Packet::tcp(&source, &destination, flags),
         Protocol::Udp => packet::Packet::udp(&source, &destination),
         Protocol::Sctp => unreachable!("not sent"),
     };
@@ -313,13 +352,14 @@ fn interpret(packet: &Packet, frame: &[u8], outcome: &Outcome) -> Seen {
     }
     let node = node_ip(source.is_ipv6(), 1);
     let hairpin = if source.is_ipv6() { HAIRPIN6.into() } else { IpAddr::from(HAIRPIN4) };
-    let source = match redirected {
-        false if source == packet.source => Source::Kept,
+    let kind = match redirected {
+        // Another connection of this client may own the port.
+        false if source.ip() == packet.source.ip() => Source::Kept,
         true if source.ip() == node && (SNAT_PORTS.0..=SNAT_PORTS.1).contains(&source.port()) => Source::Snat,
-        true if source.ip() == hairpin && source.port() == packet.source.port() => Source::Hairpin,
+        true if source.ip() == hairpin => Source::Hairpin,
         _ => return Seen::Odd(format!("{source} → {to}, redirected: {redirected}")),
     };
-    Seen::Translated { to, source }
+    Seen::Translated(Passage { to, from: source, source: kind })
 }
 
 /// What stands for a client that is its own backend, by default.
