@@ -9,7 +9,7 @@ use std::time::Instant;
 use sheave_tests::oracle::history::play;
 
 /// Changes of the cluster in one history.
-const CHANGES: u64 = 200;
+const CHANGES: u64 = 240;
 /// Packets that all histories together must have tried.
 const CASES: u64 = 100_000;
 

@@ -4,9 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
+use k8s_openapi::api::core::v1::Service;
+
 use super::cluster::{Cluster, Options};
 use super::endpoints::{Endpoint, cluster_set, endpoints, local_set};
-use super::frontends::{Frontend, Kind, ServicePortKey, balanced, cluster_ips, frontends};
+use super::frontends::{Frontend, Kind, ServicePortKey, admits, balanced, cluster_ips, frontends};
+use super::network::text_contains;
 
 /// Where a packet meets this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -97,6 +100,7 @@ pub enum Answer {
 /// What the rules say of a service port.
 #[derive(Clone, Debug)]
 struct ServicePort {
+    service: Service,
     internal_local: bool,
     external_local: bool,
     affinity: bool,
@@ -116,6 +120,7 @@ struct Endpoints {
 pub struct Oracle {
     frontends: Vec<Frontend>,
     cluster_ips: BTreeSet<IpAddr>,
+    service_cidrs: Vec<String>,
     service_ports: BTreeMap<ServicePortKey, ServicePort>,
 }
 
@@ -126,8 +131,11 @@ impl Oracle {
         let mut oracle = Self {
             frontends: frontends(cluster, options),
             cluster_ips: BTreeSet::new(),
+            service_cidrs: Vec::new(),
             service_ports: BTreeMap::new(),
         };
+        let specs = cluster.service_cidrs.values().filter_map(|cidr| cidr.spec.as_ref());
+        oracle.service_cidrs = specs.flat_map(|spec| spec.cidrs.iter().flatten()).cloned().collect();
         for (key, service) in &cluster.services {
             let Some(spec) = balanced(service) else { continue };
             oracle.cluster_ips.extend(cluster_ips(spec));
@@ -139,6 +147,7 @@ impl Oracle {
                     Endpoints { cluster: cluster_set(cluster, &all), local: local_set(&all), all }
                 };
                 let service_port = ServicePort {
+                    service: service.clone(),
                     internal_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
                     external_local: spec.external_traffic_policy.as_deref() == Some("Local"),
                     affinity: spec.session_affinity.as_deref() == Some("ClientIP"),
@@ -157,14 +166,19 @@ impl Oracle {
     #[must_use]
     pub fn answer(&self, packet: &Packet) -> Answer {
         let Some(frontend) = self.frontend(packet) else {
+            let address = packet.destination.ip();
             // A port that a live ClusterIP does not have.
-            return if self.cluster_ips.contains(&packet.destination.ip()) {
-                Answer::Rejected(refusal(packet))
-            } else {
-                Answer::NotOurs
-            };
+            if self.cluster_ips.contains(&address) {
+                return Answer::Rejected(refusal(packet));
+            }
+            // Neither this proxy nor kube-proxy sees Services that another one serves: their addresses are nobody's, too.
+            let inside = self.service_cidrs.iter().any(|cidr| text_contains(cidr, address));
+            return if inside { Answer::Dropped } else { Answer::NotOurs };
         };
         let service_port = &self.service_ports[&frontend.service_port];
+        if frontend.kind == Kind::LoadBalancer && !admits(&service_port.service, packet.source.ip()) {
+            return Answer::Dropped;
+        }
         let endpoints = &service_port.families[usize::from(packet.destination.is_ipv6())];
         let local_only = match frontend.kind {
             Kind::ClusterIp => service_port.internal_local,
@@ -223,9 +237,11 @@ impl Oracle {
         })
     }
 
-    /// Every frontend's address and protocol.
-    pub(super) fn destinations(&self) -> impl Iterator<Item = (SocketAddr, Protocol)> {
-        self.frontends.iter().map(|frontend| (frontend.address, frontend.service_port.2))
+    /// Every frontend's address and protocol; of these Services (`namespace/name`) only, if there are any.
+    pub(super) fn destinations(&self, services: &BTreeSet<String>) -> Vec<(SocketAddr, Protocol)> {
+        let chosen = |frontend: &&Frontend| services.is_empty() || services.contains(&frontend.service_port.0);
+        let chosen = self.frontends.iter().filter(chosen);
+        chosen.map(|frontend| (frontend.address, frontend.service_port.2)).collect()
     }
 }
 

@@ -6,13 +6,14 @@ use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Serialize;
 
 /// Name of the node that packets arrive at.
 pub const THIS_NODE: &str = "node-1";
 
-/// Every object, by `namespace/name`, Nodes by name.
+/// Every object, by `namespace/name`, or by name where there is no namespace.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Cluster {
     /// Services.
@@ -21,6 +22,8 @@ pub struct Cluster {
     pub slices: BTreeMap<String, EndpointSlice>,
     /// Nodes.
     pub nodes: BTreeMap<String, Node>,
+    /// ServiceCIDRs.
+    pub service_cidrs: BTreeMap<String, ServiceCIDR>,
 }
 
 /// What the operator chose.
@@ -76,6 +79,7 @@ impl fmt::Display for Cluster {
             write!(formatter, "---\n{text}")
         }
         self.nodes.values().try_for_each(|node| write(formatter, node))?;
+        self.service_cidrs.values().try_for_each(|cidr| write(formatter, cidr))?;
         self.services.values().try_for_each(|service| write(formatter, service))?;
         self.slices.values().try_for_each(|slice| write(formatter, slice))
     }

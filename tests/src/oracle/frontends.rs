@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::{Service, ServiceSpec};
 
 use super::answer::Protocol;
 use super::cluster::{Cluster, NodePorts, Options, THIS_NODE, key, label};
+use super::network::{contains, text_contains};
 
 /// A service port: `namespace/name`, the port's name, and the protocol.
 pub(super) type ServicePortKey = (String, String, Protocol);
@@ -112,15 +113,9 @@ fn internal_ips(cluster: &Cluster) -> BTreeSet<IpAddr> {
     internal.filter_map(|address| address.address.parse().ok()).collect()
 }
 
-/// Whether a network contains an address: the first bits are the same.
-fn contains(network: IpAddr, length: u8, address: IpAddr) -> bool {
-    let bits = |address: IpAddr| -> Vec<bool> {
-        let octets = match address {
-            IpAddr::V4(address) => address.octets().to_vec(),
-            IpAddr::V6(address) => address.octets().to_vec(),
-        };
-        octets.iter().flat_map(|octet| (0..8).map(move |bit| octet & (0x80 >> bit) != 0)).collect()
-    };
-    network.is_ipv6() == address.is_ipv6()
-        && bits(network)[..usize::from(length)] == bits(address)[..usize::from(length)]
+/// Whether a client may use a Service's load-balancer IPs.
+pub(super) fn admits(service: &Service, client: IpAddr) -> bool {
+    let ranges = service.spec.as_ref().and_then(|spec| spec.load_balancer_source_ranges.as_deref());
+    let ranges = ranges.unwrap_or_default();
+    ranges.is_empty() || ranges.iter().any(|range| text_contains(range, client))
 }

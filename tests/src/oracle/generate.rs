@@ -14,6 +14,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::api::discovery::v1::{
     Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone,
 };
+use k8s_openapi::api::networking::v1::{ServiceCIDR, ServiceCIDRSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::answer::Protocol;
@@ -106,6 +107,7 @@ pub(super) fn cluster(rng: &mut Rng) -> Cluster {
         let node = node(rng, number);
         cluster.nodes.insert(format!("node-{number}"), node);
     }
+    service_cidr(rng, &mut cluster);
     for _ in 0..rng.usize(3..=SERVICES) {
         add_service(rng, &mut cluster);
     }
@@ -138,14 +140,47 @@ pub(super) fn node(rng: &mut Rng, number: u8) -> Node {
     }
 }
 
+/// Changes where ClusterIPs come from: a part of where the generator takes them, and some more.
+pub(super) fn service_cidr(rng: &mut Rng, cluster: &mut Cluster) {
+    let name = *any(rng, &["kubernetes", "more"]);
+    if one_in(rng, 3) {
+        cluster.service_cidrs.remove(name);
+        return;
+    }
+    let cidrs: &[&[&str]] = &[
+        &["10.96.0.0/24"],
+        &["10.96.0.0/28"],
+        &["10.96.0.16/30"],
+        &["fd00:a:60::/64"],
+        &["10.96.0.0/27", "fd00:a:60::/124"],
+    ];
+    let cidrs = any(rng, cidrs).iter().map(|cidr| (*cidr).to_owned()).collect();
+    let cidr = ServiceCIDR {
+        metadata: ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() },
+        spec: Some(ServiceCIDRSpec { cidrs: Some(cidrs) }),
+        status: None,
+    };
+    cluster.service_cidrs.insert(name.to_owned(), cidr);
+}
+
 /// Adds a Service with slices under a name that may be taken: then it replaces that one.
 pub(super) fn add_service(rng: &mut Rng, cluster: &mut Cluster) {
     let namespace = *any(rng, &["default", "other"]);
     let name = format!("s{}", rng.usize(0..SERVICES));
     let service = service(rng, namespace, &name);
     cluster.services.remove(&key(&service.metadata));
+    let mut seen: Vec<(String, Endpoint)> = Vec::new();
     for number in 0..*any(rng, &[0, 1, 2, 2, 3, 3]) {
-        let slice = slice(rng, &service, number);
+        let mut slice = slice(rng, &service, number);
+        // An endpoint of another slice, which may say something else of it.
+        if let Some((_, known)) = seen.iter().find(|(family, _)| *family == slice.address_type)
+            && rng.bool()
+        {
+            let mut endpoint = known.clone();
+            elsewhere(rng, &mut endpoint);
+            slice.endpoints.push(endpoint);
+        }
+        seen.extend(slice.endpoints.iter().map(|endpoint| (slice.address_type.clone(), endpoint.clone())));
         cluster.put_slice(slice);
     }
     cluster.put_service(service);
@@ -176,6 +211,7 @@ pub(super) fn service(rng: &mut Rng, namespace: &str, name: &str) -> Service {
     policies(rng, &mut service);
     affinity(rng, &mut service);
     external_ips(rng, &mut service);
+    source_ranges(rng, &mut service);
     if one_in(rng, 15) {
         set_label(&mut service.metadata, "service.kubernetes.io/service-proxy-name", Some("somebody"));
     }
@@ -273,6 +309,28 @@ pub(super) fn external_ips(rng: &mut Rng, service: &mut Service) {
     service.spec.get_or_insert_default().external_ips = Some(ips);
 }
 
+/// Gives a Service other source ranges, of which only its load-balancer IPs take notice.
+pub(super) fn source_ranges(rng: &mut Rng, service: &mut Service) {
+    const RANGES: &[&str] = &[
+        "198.51.0.0/24",
+        "198.51.0.32/27",
+        " 198.51.0.5/32\t",
+        "10.244.1.0/24",
+        "10.245.0.0/17 ",
+        "192.0.2.2/31",
+        "0.0.0.0/0",
+        "fd00:c6:33::/64",
+        "fd00:a:f4::/47",
+        "::/0",
+        "somewhere",
+        "",
+    ];
+    let number = [0, 0, 1, 2, 3][rng.usize(0..5)];
+    let ranges: Vec<String> = (0..number).map(|_| (*any(rng, RANGES)).to_owned()).collect();
+    let spec = service.spec.get_or_insert_default();
+    spec.load_balancer_source_ranges = (number > 0 || rng.bool()).then_some(ranges);
+}
+
 /// Sets or removes a label.
 pub(super) fn set_label(metadata: &mut ObjectMeta, label: &str, value: Option<&str>) {
     let labels = metadata.labels.get_or_insert_default();
@@ -316,7 +374,8 @@ fn slice_ports(rng: &mut Rng, ports: &[ServicePort]) -> Vec<EndpointPort> {
         let mut slice_port = EndpointPort {
             // A Service's port without a name has the name "" in slices.
             name: Some(port.name.clone().unwrap_or_default()),
-            port: Some(*any(rng, TARGETS)),
+            // Often the same in all slices, so that an endpoint can be in two of them.
+            port: Some(if rng.bool() { 8080 } else { *any(rng, TARGETS) }),
             protocol: port.protocol.clone(),
             ..EndpointPort::default()
         };
@@ -339,6 +398,8 @@ fn slice_ports(rng: &mut Rng, ports: &[ServicePort]) -> Vec<EndpointPort> {
 pub(super) struct Mood {
     /// One in so many has conditions at odds with "ready".
     odd: u32,
+    /// None is ready.
+    leaving: bool,
     nodes: bool,
     zones: bool,
     /// One in so many lacks its hints.
@@ -350,6 +411,7 @@ impl Mood {
     pub(super) fn new(rng: &mut Rng) -> Self {
         Self {
             odd: *any(rng, &[1, 2, 10, 100]),
+            leaving: one_in(rng, 5),
             nodes: one_in(rng, 3),
             zones: rng.bool(),
             unhinted: *any(rng, &[1_000, 1_000, 4]),
@@ -361,27 +423,47 @@ impl Mood {
 pub(super) fn endpoint(rng: &mut Rng, address_type: &str, mood: Mood) -> Endpoint {
     let ipv6 = (address_type == "IPv6") != one_in(rng, 25);
     let node = rng.u8(1..4);
-    let (address, mut node_name) = match rng.u8(0..12) {
+    let (address, node_name) = match rng.u8(0..12) {
         0 => (node_ip(ipv6, node), Some(format!("node-{node}"))),
         1 => (address(ipv6, [203, 0, 113], rng.u8(100..104)), None),
         _ => (pod_ip(ipv6, node, rng.u8(2..9)), Some(format!("node-{node}"))),
     };
-    // This node's own addresses are never elsewhere: there would be no way to them.
-    if one_in(rng, 12) && !this_node().contains(&address) {
-        node_name = any(rng, &[None, Some("node-1"), Some("node-2")]).map(str::to_owned);
-    }
     let mut addresses = vec![if address_type == "FQDN" { "a.example".to_owned() } else { address.to_string() }];
     if one_in(rng, 10) {
         addresses.push(pod_ip(ipv6, 1, 99).to_string());
     }
-    Endpoint { addresses, node_name, conditions: conditions(rng, mood), hints: hints(rng, mood), ..Endpoint::default() }
+    let (conditions, hints) = (conditions(rng, mood), hints(rng, mood));
+    let mut endpoint = Endpoint { addresses, node_name, conditions, hints, ..Endpoint::default() };
+    if one_in(rng, 10) {
+        elsewhere(rng, &mut endpoint);
+    }
+    endpoint
+}
+
+/// Says that an endpoint is on another node, with other conditions and hints.
+pub(super) fn elsewhere(rng: &mut Rng, endpoint: &mut Endpoint) {
+    // This node's own addresses are never elsewhere: there would be no way to them.
+    if this_node().iter().any(|address| address.to_string() == endpoint.addresses[0]) {
+        return;
+    }
+    endpoint.node_name = any(rng, &[None, Some("node-1"), Some("node-1"), Some("node-2")]).map(str::to_owned);
+    let mood = Mood::new(rng);
+    (endpoint.conditions, endpoint.hints) = (conditions(rng, mood), hints(rng, mood));
 }
 
 /// Conditions of an endpoint.
 pub(super) fn conditions(rng: &mut Rng, mood: Mood) -> Option<EndpointConditions> {
-    if one_in(rng, mood.odd) {
-        let any = |rng: &mut Rng| *any(rng, &[None, Some(false), Some(false), Some(true)]);
-        return Some(EndpointConditions { ready: any(rng), serving: any(rng), terminating: any(rng) });
+    let new = |ready, serving, terminating| Some(EndpointConditions { ready, serving, terminating });
+    if mood.leaving || one_in(rng, mood.odd) {
+        let ready = if mood.leaving { Some(false) } else { *any(rng, &[None, Some(false), Some(true)]) };
+        return match rng.u8(0..8) {
+            0..3 => new(Some(false), Some(true), Some(true)),
+            3 => new(Some(false), Some(false), *any(rng, &[None, Some(false), Some(true)])),
+            _ => {
+                let any = |rng: &mut Rng| *any(rng, &[None, Some(false), Some(true)]);
+                new(ready, any(rng), any(rng))
+            }
+        };
     }
     let ready = EndpointConditions { ready: Some(true), serving: Some(true), terminating: Some(false) };
     any(rng, &[None, Some(EndpointConditions::default()), Some(ready)]).clone()

@@ -16,11 +16,9 @@ use super::real::{Passage, Seen, Sheave, make_node};
 use crate::netns::Namespace;
 
 /// Random packets after each change.
-const PACKETS: usize = 60;
+const PACKETS: usize = 80;
 /// Datagrams of before that come again after a change.
 const REPEATED: usize = 12;
-/// Sets of which every member must be chosen, after each change.
-const SETS: usize = 2;
 /// Changes until a cluster is replaced by another.
 const LIFE: u64 = 12;
 
@@ -123,6 +121,7 @@ impl History {
         self.story.step += 1;
         self.tally.clusters += 1;
         let changes = changes(&mut self.rng, &self.story.cluster, &next);
+        let changed = changes.iter().filter_map(Change::service).collect();
         (self.story.cluster, self.story.last_changes, self.story.packet) = (next, changes, None);
         self.sheave.apply(&self.story.last_changes);
         if self.rng.u8(0..8) == 0 {
@@ -137,16 +136,16 @@ impl History {
         self.repeat();
         self.go_on();
         for _ in 0..PACKETS {
-            let packet = self.clients.packet(&mut self.rng, &self.oracle, &self.before);
+            let packet = self.clients.packet(&mut self.rng, &self.oracle, &self.before, &changed);
             let (xdp, answered) = (self.rng.bool(), self.rng.bool());
             let Some(passage) = self.first(&packet, xdp) else { continue };
             if answered {
                 self.answered(&packet, &passage);
             }
         }
-        for _ in 0..SETS {
+        for services in [&changed, &BTreeSet::new()] {
             // Not every frontend has endpoints.
-            let _ = (0..4).any(|_| self.draw());
+            let _ = (0..4).any(|_| self.draw(services));
         }
     }
 
@@ -228,8 +227,10 @@ impl History {
 
     /// Asks one frontend until chance can no longer be the reason that an endpoint was not chosen.
     /// False if that one has none.
-    fn draw(&mut self) -> bool {
-        let Some((destination, protocol)) = self.clients.frontend(&mut self.rng, &self.oracle) else { return false };
+    fn draw(&mut self, services: &BTreeSet<String>) -> bool {
+        let Some((destination, protocol)) = self.clients.frontend(&mut self.rng, &self.oracle, services) else {
+            return false;
+        };
         let edge = if self.rng.bool() { Edge::Pod } else { Edge::Uplink };
         // How many draws it takes is chance; what comes after them must not be, or no seed would play again.
         let mut rng = self.rng.fork();

@@ -13,6 +13,7 @@ mod generate;
 pub mod history;
 mod memory;
 mod mutate;
+mod network;
 mod packets;
 mod real;
 

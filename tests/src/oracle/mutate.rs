@@ -6,11 +6,12 @@ use std::fmt;
 use fastrand::Rng;
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
+use k8s_openapi::api::networking::v1::ServiceCIDR;
 
 use super::cluster::{Cluster, THIS_NODE};
 use super::generate::{
-    Mood, add_service, affinity, conditions, endpoint, external_ips, hints, node, policies, retype, service, set_label,
-    settle, slice,
+    Mood, add_service, affinity, conditions, elsewhere, endpoint, external_ips, hints, node, policies, retype, service,
+    service_cidr, set_label, settle, slice, source_ranges,
 };
 
 /// An object that appeared, changed or went.
@@ -19,6 +20,18 @@ pub(super) enum Change {
     Service(String, Option<Box<Service>>),
     Slice(String, Option<Box<EndpointSlice>>),
     Node(String, Option<Box<Node>>),
+    ServiceCidr(String, Option<Box<ServiceCIDR>>),
+}
+
+impl Change {
+    /// The Service that changes, by itself or by a slice; slices are called as their Service, with a number.
+    pub(super) fn service(&self) -> Option<String> {
+        match self {
+            Self::Service(key, _) => Some(key.clone()),
+            Self::Slice(key, _) => key.rsplit_once('-').map(|(service, _)| service.to_owned()),
+            Self::Node(..) | Self::ServiceCidr(..) => None,
+        }
+    }
 }
 
 impl fmt::Debug for Change {
@@ -27,6 +40,7 @@ impl fmt::Debug for Change {
             Self::Service(key, object) => ("Service", key, object.is_none()),
             Self::Slice(key, object) => ("EndpointSlice", key, object.is_none()),
             Self::Node(key, object) => ("Node", key, object.is_none()),
+            Self::ServiceCidr(key, object) => ("ServiceCIDR", key, object.is_none()),
         };
         write!(formatter, "{kind} {key}{}", if gone { " is gone" } else { "" })
     }
@@ -35,7 +49,7 @@ impl fmt::Debug for Change {
 /// Makes a few changes at once.
 pub(super) fn mutate(rng: &mut Rng, cluster: &mut Cluster) {
     for _ in 0..rng.usize(1..5) {
-        match rng.u8(0..22) {
+        match rng.u8(0..23) {
             0 | 1 => add_service(rng, cluster),
             2 => remove_service(rng, cluster),
             3..=6 => change_service(rng, cluster),
@@ -49,7 +63,8 @@ pub(super) fn mutate(rng: &mut Rng, cluster: &mut Cluster) {
                 let node = node(rng, number);
                 cluster.nodes.insert(format!("node-{number}"), node);
             }
-            20 if rng.u8(0..4) == 0 => drop(cluster.nodes.remove(THIS_NODE)),
+            20 => service_cidr(rng, cluster),
+            21 if rng.u8(0..4) == 0 => drop(cluster.nodes.remove(THIS_NODE)),
             _ => readiness_elsewhere(rng, cluster),
         }
     }
@@ -73,7 +88,8 @@ fn remove_service(rng: &mut Rng, cluster: &mut Cluster) {
 fn change_service(rng: &mut Rng, cluster: &mut Cluster) {
     let Some(key) = some_key(rng, &cluster.services) else { return };
     let Some(changed) = cluster.services.get_mut(&key) else { return };
-    match rng.u8(0..8) {
+    match rng.u8(0..9) {
+        8 => source_ranges(rng, changed),
         0 => retype(rng, changed),
         1 | 2 => policies(rng, changed),
         3 => affinity(rng, changed),
@@ -158,7 +174,10 @@ fn move_endpoint(rng: &mut Rng, cluster: &mut Cluster) {
         return;
     }
     let at = rng.usize(0..endpoints.len());
-    let endpoint = if stays { endpoints[at].clone() } else { endpoints.remove(at) };
+    let mut endpoint = if stays { endpoints[at].clone() } else { endpoints.remove(at) };
+    if stays && rng.bool() {
+        elsewhere(rng, &mut endpoint);
+    }
     cluster.slices.get_mut(&to).expect("it is there").endpoints.push(endpoint);
 }
 
@@ -185,6 +204,8 @@ pub(super) fn changes(rng: &mut Rng, old: &Cluster, new: &Cluster) -> Vec<Change
     changes.extend(differences(&old.services, &new.services).map(|(key, new)| Change::Service(key, new)));
     changes.extend(differences(&old.slices, &new.slices).map(|(key, new)| Change::Slice(key, new)));
     changes.extend(differences(&old.nodes, &new.nodes).map(|(key, new)| Change::Node(key, new)));
+    let cidrs = differences(&old.service_cidrs, &new.service_cidrs);
+    changes.extend(cidrs.map(|(key, new)| Change::ServiceCidr(key, new)));
     rng.shuffle(&mut changes);
     changes
 }

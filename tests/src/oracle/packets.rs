@@ -1,6 +1,6 @@
 //! What clients send: mostly to frontends, often just beside them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use fastrand::Rng;
@@ -23,12 +23,19 @@ impl Clients {
         Self { next_port: BTreeMap::new(), last: None, ipv6 }
     }
 
-    /// A packet for a cluster; `before` is what the cluster was.
-    pub(super) fn packet(&mut self, rng: &mut Rng, now: &Oracle, before: &Oracle) -> Packet {
-        let (destination, protocol) = match rng.u8(0..10) {
-            0..6 => self.frontend(rng, now),
-            6 => self.frontend(rng, before),
-            7 => self.beside(rng, now),
+    /// A packet for a cluster; `before` is what the cluster was, and these Services have changed.
+    pub(super) fn packet(
+        &mut self,
+        rng: &mut Rng,
+        now: &Oracle,
+        before: &Oracle,
+        changed: &BTreeSet<String>,
+    ) -> Packet {
+        let (destination, protocol) = match rng.u8(0..12) {
+            0..5 => self.frontend(rng, now, changed),
+            5..8 => self.frontend(rng, now, &BTreeSet::new()),
+            8 => self.frontend(rng, before, changed),
+            9 => self.beside(rng, now),
             _ => None,
         }
         .unwrap_or_else(|| self.anywhere(rng));
@@ -77,18 +84,24 @@ impl Clients {
         Packet { edge, source: SocketAddr::new(source, *port), destination, protocol, shares_port: false }
     }
 
-    /// Some frontend that clients may ask.
-    pub(super) fn frontend(&self, rng: &mut Rng, oracle: &Oracle) -> Option<(SocketAddr, Protocol)> {
+    /// Some frontend that clients may ask, of these Services if there are any.
+    pub(super) fn frontend(
+        &self,
+        rng: &mut Rng,
+        oracle: &Oracle,
+        services: &BTreeSet<String>,
+    ) -> Option<(SocketAddr, Protocol)> {
         let sent = |(address, protocol): &(SocketAddr, Protocol)| {
             (self.ipv6 || address.is_ipv4()) && *protocol != Protocol::Sctp
         };
-        let destinations: Vec<_> = oracle.destinations().filter(sent).collect();
+        let mut destinations = oracle.destinations(services);
+        destinations.retain(sent);
         (!destinations.is_empty()).then(|| destinations[rng.usize(0..destinations.len())])
     }
 
     /// A frontend's address with another port or protocol.
     fn beside(&self, rng: &mut Rng, oracle: &Oracle) -> Option<(SocketAddr, Protocol)> {
-        let (mut destination, mut protocol) = self.frontend(rng, oracle)?;
+        let (mut destination, mut protocol) = self.frontend(rng, oracle, &BTreeSet::new())?;
         if rng.bool() {
             destination.set_port(port(rng));
         } else {

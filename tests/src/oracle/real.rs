@@ -7,6 +7,7 @@ use std::path::Path;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sheave::config::{ConnectMode, MapSizes, NodePortAddresses, RunConfig, SourceConfig, XdpMode};
@@ -146,6 +147,9 @@ impl Sheave {
         }
         let applied = self.dataplane().apply(changed);
         expect_applied(&applied);
+        if let Some(networks) = self.model.service_cidrs() {
+            self.dataplane().set_service_cidrs(&networks).expect("ServiceCIDRs are told");
+        }
         self.dataplane().sweep().expect("flows are swept");
     }
 
@@ -314,6 +318,10 @@ fn read(change: &Change) -> ModelChange {
             assert_eq!(name, THIS_NODE, "sources report no other node");
             ModelChange::NodeGone
         }
+        Change::ServiceCidr(_, Some(object)) => {
+            ModelChange::ServiceCidr((&through_json::<networking::ServiceCIDR>(object)).into())
+        }
+        Change::ServiceCidr(name, None) => ModelChange::ServiceCidrGone(name.clone()),
     }
 }
 
