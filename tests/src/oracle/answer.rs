@@ -27,7 +27,7 @@ pub enum Protocol {
     Tcp,
     /// Datagrams.
     Udp,
-    /// Not sent yet, but Services have it.
+    /// Messages of an association.
     Sctp,
 }
 
@@ -43,7 +43,7 @@ impl Protocol {
     }
 }
 
-/// A SYN or a datagram.
+/// A SYN, a datagram, or an SCTP packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packet {
     /// Where it arrives.

@@ -27,6 +27,10 @@ const LIFE: u64 = 12;
 pub struct Tally {
     /// Packets that were compared.
     pub cases: u64,
+    /// Those of IPv6.
+    pub ipv6: u64,
+    /// Those of SCTP.
+    pub sctp: u64,
     /// Clusters, each after some changes.
     pub clusters: u64,
     /// Answers: left alone.
@@ -86,24 +90,24 @@ struct History {
 /// # Panics
 /// If Sheave does something else than the rules say.
 #[must_use]
-pub fn play(seed: u64, changes: u64, ipv6: bool) -> Tally {
+pub fn play(seed: u64, changes: u64) -> Tally {
     let node = Namespace::new("node").expect("a namespace");
     make_node(&node);
     node.run(|| {
-        let mut history = History::new(seed, ipv6);
+        let mut history = History::new(seed);
         (0..changes).for_each(|_| history.step());
         history.tally
     })
 }
 
 impl History {
-    fn new(seed: u64, ipv6: bool) -> Self {
+    fn new(seed: u64) -> Self {
         let mut rng = Rng::with_seed(seed);
         let options = generate::options(&mut rng);
         let cluster = Cluster::default();
         let oracle = Oracle::new(&cluster, &options);
         let sheave = Sheave::start(&options);
-        let (before, clients) = (oracle.clone(), Clients::new(ipv6));
+        let (before, clients) = (oracle.clone(), Clients::default());
         let story = Story { seed, options, cluster, last_changes: Vec::new(), packet: None, step: 0 };
         Self { rng, sheave, oracle, before, memory: Memory::default(), clients, story, tally: Tally::default() }
     }
@@ -196,7 +200,7 @@ impl History {
         let answer = self.sheave.answer(packet, passage);
         let expected = Some((packet.destination, packet.source));
         assert_eq!(answer, expected, "{packet}: the answer of {passage:?}");
-        if packet.protocol == Protocol::Tcp {
+        if packet.protocol != Protocol::Udp {
             assert_eq!(self.sheave.continue_open(packet), as_seen(packet, passage), "{packet}: after the handshake");
             self.memory.opened(&self.oracle, packet, passage);
         }
@@ -216,6 +220,8 @@ impl History {
     fn send(&mut self, packet: &Packet, xdp: bool) -> Seen {
         self.story.packet = Some(packet.clone());
         self.tally.cases += 1;
+        self.tally.ipv6 += u64::from(packet.destination.is_ipv6());
+        self.tally.sctp += u64::from(packet.protocol == Protocol::Sctp);
         match self.sheave.send(packet, xdp) {
             // A Service's address may be a node's, whose own server is among the endpoints.
             Seen::Untouched if self.oracle.service_port(packet).is_some() => {

@@ -81,7 +81,7 @@ impl Memory {
         }
     }
 
-    /// A TCP connection was answered.
+    /// A connection was answered.
     pub(super) fn opened(&mut self, oracle: &Oracle, packet: &Packet, passage: &Passage) {
         if let Some(service_port) = oracle.service_port(packet) {
             self.open.push(flow(packet, service_port, passage));
@@ -102,7 +102,7 @@ impl Memory {
         std::mem::take(&mut self.datagrams)
     }
 
-    /// The TCP connections that are open.
+    /// The connections that are open.
     pub(super) fn open(&self) -> &[Flow] {
         &self.open
     }

@@ -9,20 +9,14 @@ use super::answer::{Edge, Oracle, Packet, Protocol};
 use super::generate::{self, NODE_PORTS, PORTS, TARGETS};
 
 /// Clients. None of them uses a source port twice for one destination: every packet is the first of its connection.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Clients {
     next_port: BTreeMap<IpAddr, u16>,
     /// The last connection, if its port was used once.
     last: Option<Packet>,
-    /// Whether they use IPv6, too.
-    ipv6: bool,
 }
 
 impl Clients {
-    pub(super) fn new(ipv6: bool) -> Self {
-        Self { next_port: BTreeMap::new(), last: None, ipv6 }
-    }
-
     /// A packet for a cluster; `before` is what the cluster was, and these Services have changed.
     pub(super) fn packet(
         &mut self,
@@ -91,11 +85,7 @@ impl Clients {
         oracle: &Oracle,
         services: &BTreeSet<String>,
     ) -> Option<(SocketAddr, Protocol)> {
-        let sent = |(address, protocol): &(SocketAddr, Protocol)| {
-            (self.ipv6 || address.is_ipv4()) && *protocol != Protocol::Sctp
-        };
-        let mut destinations = oracle.destinations(services);
-        destinations.retain(sent);
+        let destinations = oracle.destinations(services);
         (!destinations.is_empty()).then(|| destinations[rng.usize(0..destinations.len())])
     }
 
@@ -105,13 +95,13 @@ impl Clients {
         if rng.bool() {
             destination.set_port(port(rng));
         } else {
-            protocol = if protocol == Protocol::Tcp { Protocol::Udp } else { Protocol::Tcp };
+            protocol = self::protocol(rng);
         }
         Some((destination, protocol))
     }
 
     fn anywhere(&self, rng: &mut Rng) -> (SocketAddr, Protocol) {
-        let ipv6 = self.ipv6 && rng.bool();
+        let ipv6 = rng.bool();
         let address = match rng.u8(0..5) {
             0 => generate::cluster_ip(rng, ipv6),
             1 => generate::public_ip(rng, ipv6),
@@ -119,8 +109,12 @@ impl Clients {
             3 => generate::pod_ip(ipv6, rng.u8(1..4), rng.u8(2..9)),
             _ => generate::client(rng, ipv6, true),
         };
-        (SocketAddr::new(address, port(rng)), if rng.bool() { Protocol::Tcp } else { Protocol::Udp })
+        (SocketAddr::new(address, port(rng)), protocol(rng))
     }
+}
+
+fn protocol(rng: &mut Rng) -> Protocol {
+    [Protocol::Tcp, Protocol::Tcp, Protocol::Udp, Protocol::Udp, Protocol::Sctp][rng.usize(0..5)]
 }
 
 fn port(rng: &mut Rng) -> u16 {

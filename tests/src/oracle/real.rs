@@ -17,7 +17,7 @@ use sheave::model::desired::{ServiceKey, ServicePort, ServicePortName};
 use sheave::model::objects::SliceKey;
 use sheave::model::{Change as ModelChange, Model, ModelOptions};
 use sheave_common::flow::Flow;
-use sheave_common::{Ipv4Address, PROTOCOL_ICMP, PROTOCOL_ICMPV6, names};
+use sheave_common::{Ipv4Address, Ipv6Address, PROTOCOL_ICMP, PROTOCOL_ICMPV6, names};
 
 use super::answer::{Edge, Packet, Protocol, Refusal, Source};
 use super::cluster::{NodePorts, Options, THIS_NODE};
@@ -180,9 +180,12 @@ impl Sheave {
         for map in [names::CONNTRACK4, names::HALF_OPEN4] {
             let flows = self.programs.flows(map).expect("flows");
             let mut map = self.programs.hash::<_, Flow<Ipv4Address>>(map).expect("a map of flows");
-            for key in flows.into_keys() {
-                map.remove(&key).expect("removed");
-            }
+            flows.into_keys().for_each(|key| map.remove(&key).expect("removed"));
+        }
+        for map in [names::CONNTRACK6, names::HALF_OPEN6] {
+            let flows = self.programs.flows6(map).expect("flows");
+            let mut map = self.programs.hash::<_, Flow<Ipv6Address>>(map).expect("a map of flows");
+            flows.into_keys().for_each(|key| map.remove(&key).expect("removed"));
         }
     }
 
@@ -204,7 +207,7 @@ impl Sheave {
         (outcome.action == action).then(|| (view.source(), view.destination()))
     }
 
-    /// Sends a segment of a TCP connection that is open.
+    /// Sends more on a connection that is open.
     pub(super) fn continue_open(&mut self, packet: &Packet) -> Seen {
         let frame = frame_of(packet.protocol, packet.source, packet.destination, ACK);
         self.by_tc(packet, &frame)
@@ -330,7 +333,15 @@ fn frame_of(protocol: Protocol, source: SocketAddr, destination: SocketAddr, fla
     let built = match protocol {
         Protocol::Tcp => packet::Packet::tcp(&source, &destination, flags),
         Protocol::Udp => packet::Packet::udp(&source, &destination),
-        Protocol::Sctp => unreachable!("not sent"),
+        Protocol::Sctp => {
+            // The first chunk: INIT, its acknowledgment, or data.
+            let chunk = match flags {
+                SYN => 1,
+                ACK => 0,
+                _ => 2,
+            };
+            packet::Packet::sctp(&source, &destination).payload(&[&[chunk, 0, 0, 20][..], &[1; 16]].concat())
+        }
     };
     built.to_mac(NODE_MAC).build().to_vec()
 }
