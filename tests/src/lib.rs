@@ -20,6 +20,7 @@ pub mod leftovers;
 pub mod log;
 pub mod manifests;
 pub mod netns;
+pub mod objects;
 pub mod oracle;
 pub mod packet;
 pub mod process;
