@@ -74,7 +74,7 @@ impl Manifests {
 }
 
 impl Scenario {
-    /// Writes a Service without name for its port's targets other than [`crate::server::WHO`]: what most tests need.
+    /// Publishes a Service and its slices, in place of what has had this name.
     ///
     /// # Errors
     /// If the file can't be written.
@@ -133,5 +133,15 @@ impl Scenario {
             ensure!(error.kind() == how, "{} asks {target}, which fails otherwise: {error}", client.name());
             Ok(())
         })
+    }
+
+    /// Fails if a connection to an address that is nobody's is accepted.
+    ///
+    /// # Errors
+    /// If it is.
+    pub fn not_served(&self, client: &Namespace, target: SocketAddr) -> Result<()> {
+        let attempt = client.run(|| std::net::TcpStream::connect_timeout(&target, Duration::from_secs(1)));
+        ensure!(attempt.is_err(), "{target} accepts {}", client.name());
+        Ok(())
     }
 }
