@@ -10,7 +10,7 @@ use sheave_common::config::Timeouts;
 /// What `sheave run` was asked to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunConfig {
-    /// Where Services, EndpointSlices and this Node come from.
+    /// Where Services, EndpointSlices, this Node and ServiceCIDRs come from.
     pub source: SourceConfig,
     /// Name of this node: whose endpoints are local, and which Node object is ours.
     pub node_name: String,

@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 
 use anyhow::{Context as _, Result, anyhow};
+use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, PerCpuArray};
 use aya::programs::{SchedClassifier, TestRun as _, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod, TestRunOptions};
@@ -17,6 +18,7 @@ use sheave_common::counter::ServiceCounter;
 use sheave_common::features;
 use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::frontend::{BackendSet, Frontend, FrontendKey, flags as frontend_flags};
+use sheave_common::prefix::SourceRange;
 use sheave_common::{Address, DropReason, Ipv4Address, Ipv6Address, names};
 
 use crate::family::Family;
@@ -156,6 +158,54 @@ impl Programs {
     /// A hash map by name.
     pub fn hash<K: Pod, V: Pod>(&mut self, name: &str) -> Result<HashMap<&mut aya::maps::MapData, K, V>> {
         Ok(HashMap::try_from(self.bpf.map_mut(name).with_context(|| format!("no map {name}"))?)?)
+    }
+
+    fn mark_network<K: Pod>(&mut self, map: &str, length: u32, data: K) -> Result<()> {
+        let map = self.bpf.map_mut(map).with_context(|| format!("no map {map}"))?;
+        Ok(LpmTrie::<_, K, u32>::try_from(map)?.insert(&Key::new(length, data), 1, 0)?)
+    }
+
+    /// Lets clients use a service port's frontends that carry `SOURCE_RANGES`.
+    pub fn source_range(&mut self, service_id: u32, address: IpAddr, length: u32) -> Result<()> {
+        let length = 32 + length;
+        match address {
+            IpAddr::V4(ip) => {
+                let range = SourceRange { service_id, address: Ipv4Address::from(ip) };
+                self.mark_network(names::SOURCE_RANGES4, length, range)
+            }
+            IpAddr::V6(ip) => {
+                let range = SourceRange { service_id, address: Ipv6Address::from(ip) };
+                self.mark_network(names::SOURCE_RANGES6, length, range)
+            }
+        }
+    }
+
+    /// Takes everybody off every list of clients.
+    pub fn clear_source_ranges(&mut self) -> Result<()> {
+        fn clear<K: Pod>(map: &mut aya::maps::Map) -> Result<()> {
+            let mut trie = LpmTrie::<_, K, u32>::try_from(map)?;
+            let keys: Vec<Key<K>> = trie.keys().collect::<Result<_, _>>()?;
+            keys.iter().try_for_each(|key| Ok(trie.remove(key)?))
+        }
+        clear::<SourceRange<Ipv4Address>>(self.bpf.map_mut(names::SOURCE_RANGES4).context("no source_ranges4")?)?;
+        clear::<SourceRange<Ipv6Address>>(self.bpf.map_mut(names::SOURCE_RANGES6).context("no source_ranges6")?)
+    }
+
+    /// Says that ClusterIPs come from a network.
+    pub fn service_cidr(&mut self, address: IpAddr, length: u32) -> Result<()> {
+        let flag = match address {
+            IpAddr::V4(ip) => {
+                self.mark_network(names::SERVICE_CIDRS4, length, Ipv4Address::from(ip))?;
+                config_flags::SERVICE_CIDRS4
+            }
+            IpAddr::V6(ip) => {
+                self.mark_network(names::SERVICE_CIDRS6, length, Ipv6Address::from(ip))?;
+                config_flags::SERVICE_CIDRS6
+            }
+        };
+        let mut map = self.array::<Config>(names::CONFIG)?;
+        let config = map.get(&0, 0)?;
+        Ok(map.set(0, Config { flags: config.flags | flag, ..config }, 0)?)
     }
 
     /// A second handle of a map, for another thread.

@@ -193,12 +193,21 @@ fn balance<F: Form>(call: &Call<'_, F>, request: Request) -> i32 {
         if maps::mark(call.address) & flags::WHOLE_ADDRESS != 0 {
             return refuse(DropReason::UnknownPort);
         }
+        if F::Address::in_service_cidr(call.config, call.address) {
+            observe::count(DropReason::Unallocated);
+            return REFUSE;
+        }
         forget(call, request);
         return ALLOW;
     };
     // SAFETY: a map value stays readable while the program runs; the key decides this flag.
     let bits = unsafe { (&raw const (*element).flags).read_volatile() };
     if bits & flags::HOST_ONLY != 0 && !call.host {
+        return ALLOW;
+    }
+    // Its source address decides, and that of another namespace's process is known only to its packets.
+    if bits & flags::SOURCE_RANGES != 0 && !call.host {
+        forget(call, request);
         return ALLOW;
     }
     if request == Request::Send && keep(call, &key) {

@@ -93,7 +93,7 @@ pub struct RunArgs {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Where Services come from")]
 struct SourceArgs {
-    /// Folder of YAML manifests: Services, EndpointSlices and this Node. Excludes the API server.
+    /// Folder of YAML manifests: Services, EndpointSlices, this Node and ServiceCIDRs. Excludes the API server.
     #[arg(long, env = "SHEAVE_MANIFESTS", value_name = "DIR")]
     manifests: Option<PathBuf>,
     /// Kubeconfig [default: $KUBECONFIG, ~/.kube/config, or the in-cluster service account].

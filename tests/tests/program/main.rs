@@ -6,6 +6,7 @@ mod clusterip;
 mod collisions;
 mod icmp;
 mod lifetimes;
+mod networks;
 mod nodeport;
 mod refusals;
 mod versions;
