@@ -1,7 +1,8 @@
 //! `sock_forward4/6` and `sock_reverse4/6`: what connect-time balancing did for a socket.
 //!
 //! Forward: (socket, frontend) → the backend that an unconnected UDP socket keeps for it.
-//! Reverse: (socket, backend) → the frontend that recvmsg() and getpeername() show.
+//! Reverse: (socket, backend) → the frontend that recvmsg() and getpeername() show. With backend id 0: the socket connected
+//! to that address itself, after it had reached the same one through a frontend.
 
 use crate::{Address, Ipv4Address, Ipv6Address};
 

@@ -117,8 +117,6 @@ pub trait Family: Address {
     fn fragment(key: &FragmentKey<Self>) -> Option<*const FragmentPorts>;
     /// Remembers them.
     fn insert_fragment(key: &FragmentKey<Self>, ports: &FragmentPorts) -> Result<(), i32>;
-    /// Forgets that.
-    fn remove_socket_frontend(key: &SocketKey<Self>);
     /// This CPU's [`crate::scratch::Scratch`].
     fn scratch() -> Option<*mut [u64; scratch::WORDS]>;
     /// The source of hairpin packets.
@@ -203,12 +201,6 @@ macro_rules! family {
             #[inline(always)]
             fn insert_socket_frontend(key: &SocketKey<Self>, peer: &SocketPeer<Self>) -> Result<(), i32> {
                 $sock_reverse.insert(key, peer, ANY)
-            }
-
-            #[inline(always)]
-            fn remove_socket_frontend(key: &SocketKey<Self>) {
-                // What an LRU map has just forgotten needs no removal.
-                let _ = $sock_reverse.remove(key);
             }
 
             #[inline(always)]

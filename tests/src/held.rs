@@ -14,6 +14,7 @@ use crate::process::{built, eventually};
 
 const ASK: &str = "ask";
 const CONNECT: &str = "connect";
+const PEER: &str = "peer";
 const DONE: &str = "done";
 const ANSWER: &str = "answer";
 const ERROR: &str = "error";
@@ -50,12 +51,28 @@ impl Held {
         self.request(ASK)
     }
 
-    /// Connects the same socket again.
+    /// Connects the same socket again, to the same target.
     ///
     /// # Errors
     /// The kernel's.
     pub fn reconnect(&mut self) -> Result<()> {
         self.request(CONNECT).map(drop)
+    }
+
+    /// Connects the same socket to another target.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn connect_to(&mut self, target: SocketAddr) -> Result<()> {
+        self.request(&format!("{CONNECT} {target}")).map(drop)
+    }
+
+    /// Whom the socket shows as its peer.
+    ///
+    /// # Errors
+    /// If it is not connected.
+    pub fn peer(&mut self) -> Result<SocketAddr> {
+        Ok(self.request(PEER)?.parse()?)
     }
 
     /// Asks until the kernel says that the socket was closed (ECONNABORTED), which is told once.
@@ -109,8 +126,11 @@ pub fn serve(socket: &UdpSocket, target: SocketAddr) -> Result<()> {
     let mut output = io::stdout();
     writeln!(output, "{ANSWER} {DONE}")?;
     for line in io::stdin().lines() {
-        let outcome = match line?.as_str() {
-            CONNECT => socket.connect(target).map(|()| DONE.to_owned()).context("connecting"),
+        let line = line?;
+        let outcome = match line.split_once(' ').unwrap_or((&line, "")) {
+            (CONNECT, "") => connect(socket, target),
+            (CONNECT, other) => connect(socket, other.parse()?),
+            (PEER, _) => socket.peer_addr().map(|peer| peer.to_string()).context("getpeername"),
             _ => ask(socket),
         };
         match outcome {
@@ -119,6 +139,10 @@ pub fn serve(socket: &UdpSocket, target: SocketAddr) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn connect(socket: &UdpSocket, target: SocketAddr) -> Result<String> {
+    socket.connect(target).map(|()| DONE.to_owned()).context("connecting")
 }
 
 fn ask(socket: &UdpSocket) -> Result<String> {

@@ -4,6 +4,9 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
+use aya::maps::{HashMap, Map, MapData};
+use sheave_common::socket::{SocketKey, SocketPeer};
+use sheave_common::{Ipv4Address, names};
 use sheave_tests::client;
 use sheave_tests::held::{Held, probe};
 use sheave_tests::manifests::Service;
@@ -126,5 +129,55 @@ fn a_connected_socket_is_closed_when_its_endpoint_left_while_no_daemon_ran() -> 
     socket.wait_until_closed()?;
     socket.reconnect()?;
     ensure!(socket.ask()? == scenario.pod(1, 2).name);
+    Ok(())
+}
+
+/// A socket that lives for weeks would be left behind when its endpoint goes: an LRU map has room for so many sockets only,
+/// and forgets.
+#[test]
+fn a_connected_socket_is_closed_also_when_the_map_has_forgotten_it() -> Result<()> {
+    let scenario = start()?;
+    let pod = scenario.pod(1, 1);
+    scenario.publish(&dns(), [pod])?;
+    let mut socket = hold(&scenario, scenario.at(DNS, 53))?;
+    // When another one is closed, all have been looked at.
+    let other = Ipv4Addr::new(10, 96, 0, 20);
+    let service = Service::new("other", other).udp("udp", 53, server::UDP);
+    scenario.publish(&service, [pod])?;
+    let mut witness = hold(&scenario, scenario.at(other, 53))?;
+    scenario.publish(&service, [])?;
+    witness.wait_until_closed()?;
+
+    let map = MapData::from_pin(scenario.agent.pins().join(names::SOCK_REVERSE4))?;
+    let mut map: HashMap<_, SocketKey<Ipv4Address>, SocketPeer<Ipv4Address>> = Map::LruHashMap(map).try_into()?;
+    for key in map.keys().collect::<Result<Vec<_>, _>>()? {
+        map.remove(&key)?;
+    }
+    let peer = socket.peer()?;
+    ensure!(peer == SocketAddr::new(pod.address.into(), server::UDP), "the map still knows that it asked {peer}");
+    scenario.publish(&dns(), [scenario.pod(1, 2)])?;
+    socket.wait_until_closed()
+}
+
+/// A process that looks up a pod through a Service, and then talks to that pod itself, would lose its connection with the
+/// Service.
+#[test]
+fn a_socket_that_connects_to_the_pod_itself_is_not_the_services_any_more() -> Result<()> {
+    let scenario = start()?;
+    let (old, new) = (scenario.pod(1, 1), scenario.pod(1, 2));
+    scenario.publish(&dns(), [old])?;
+    let mut sockets = [hold(&scenario, scenario.at(DNS, 53))?, hold(&scenario, scenario.at(DNS6, 53))?];
+    let mut witness = hold(&scenario, scenario.at(DNS, 53))?;
+    for (socket, address) in sockets.iter_mut().zip([IpAddr::from(old.address), old.address6.into()]) {
+        let target = SocketAddr::new(address, server::UDP);
+        socket.connect_to(target)?;
+        let peer = socket.peer()?;
+        ensure!(peer == target, "connected to {target}, it shows {peer}");
+    }
+    scenario.publish(&dns(), [new])?;
+    witness.wait_until_closed()?;
+    for socket in &mut sockets {
+        ensure!(socket.ask()? == old.name);
+    }
     Ok(())
 }

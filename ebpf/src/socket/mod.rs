@@ -263,14 +263,15 @@ fn settle<F: Form>(call: &Call<'_, F>, choice: &Choice<F::Address>, request: Req
 }
 
 /// A socket that connects to a peer by its own address shows that, even if it reached the same peer through a Service
-/// before.
+/// before; and the loader is told that it is not balanced any more.
 #[inline(always)]
 fn forget<F: Form>(call: &Call<'_, F>, request: Request) {
-    if request == Request::Connect {
-        let key = call.key();
-        if F::Address::socket_frontend(&key).is_some() {
-            F::Address::remove_socket_frontend(&key);
-        }
+    let key = call.key();
+    if request == Request::Connect && F::Address::socket_frontend(&key).is_some() {
+        let itself =
+            SocketPeer { address: call.address, port_be: call.port_be, reserved: 0, service_id: 0, backend_id: 0 };
+        // There is an element to replace, and an LRU map has room.
+        let _ = F::Address::insert_socket_frontend(&key, &itself);
     }
 }
 

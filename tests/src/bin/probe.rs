@@ -56,7 +56,7 @@ fn main() -> Result<()> {
                 ask(&socket, turn.next().copied().unwrap_or(target))
             })
         }
-        "hold" => return held::serve(&connected(target)?, target),
+        "hold" => return held::serve(&client::udp_to(target)?, target),
         other => bail!("{other}: not a protocol"),
     };
     println!("{}", serde_json::to_string(&answers)?);

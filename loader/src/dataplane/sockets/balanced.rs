@@ -90,7 +90,9 @@ where
     fn learn(&mut self, connected: &[SocketKey<A>]) -> Result<(), MapError> {
         let mut known = HashMap::new();
         for key in connected {
-            if let Some(peer) = steady(|| self.reverse.get(key))?.or_else(|| self.known.get(key).copied()) {
+            let peer = steady(|| self.reverse.get(key))?.or_else(|| self.known.get(key).copied());
+            // Backend 0: the socket went on to connect without a Service.
+            if let Some(peer) = peer.filter(|peer| peer.backend_id != 0) {
                 known.insert(*key, peer);
             }
         }
