@@ -16,6 +16,7 @@ mod mutate;
 mod network;
 mod packets;
 mod real;
+mod settle;
 
 pub use answer::{Answer, Edge, Oracle, Packet, Protocol, Refusal, Source};
 pub use cluster::{Cluster, NodePorts, Options, THIS_NODE};

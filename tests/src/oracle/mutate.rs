@@ -11,8 +11,9 @@ use k8s_openapi::api::networking::v1::ServiceCIDR;
 use super::cluster::{Cluster, THIS_NODE};
 use super::generate::{
     Mood, add_service, affinity, conditions, elsewhere, endpoint, external_ips, hints, node, policies, retype, service,
-    service_cidr, set_label, settle, slice, source_ranges,
+    service_cidr, set_label, slice, source_ranges,
 };
+use super::settle::settle;
 
 /// An object that appeared, changed or went.
 #[derive(Clone)]
