@@ -7,7 +7,7 @@
 use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_redirect, bpf_skb_change_tail};
 use sheave_common::checksum::{difference, fold};
 use sheave_common::config::Config;
-use sheave_common::{DropReason, PROTOCOL_TCP};
+use sheave_common::{DropReason, PROTOCOL_TCP, PROTOCOL_UDP};
 
 use crate::balance::Origin;
 use crate::context::Context;
@@ -15,7 +15,7 @@ use crate::features;
 use crate::maps::{self, REJECT_BUDGET};
 use crate::observe;
 use crate::packet::network::{Answer, Network};
-use crate::packet::transport::{ICMP_CHECKSUM, TCP_CHECKSUM, Tcp, flags as tcp};
+use crate::packet::transport::{ICMP_CHECKSUM, TCP_CHECKSUM, Tcp, UDP_CHECKSUM, flags as tcp};
 use crate::packet::{Packet, ethernet};
 use crate::verdict::Verdict;
 
@@ -97,7 +97,23 @@ fn send_error<C: Context, A: Network>(
     ctx.load_into(packet.network::<C>(), &mut answer.quoted).ok_or(reason)?;
     let pseudo = if A::ICMP_PSEUDO { pseudo_header(packet, A::ICMP, message) } else { 0 };
     answer.checksum = !fold(pseudo + sum(&raw const answer, size_of::<A::Header>(), usize::from(message)));
+    // What the kernel finishes at a UDP checksum's place, in the unused field, is the complement of the whole message's sum. With
+    // the pseudo-header's sum there before, it comes out as all ones, and the message's checksum is right again.
+    if A::ICMP_PSEUDO
+        && mtu == 0
+        && packet.key.protocol == PROTOCOL_UDP
+        && unfinished(ctx, packet.transport::<C>() + UDP_CHECKSUM)
+    {
+        answer.mtu_be = u32::from_ne_bytes(unused(fold(pseudo)));
+    }
     replace(ctx, packet, &answer, reason)
+}
+
+/// An error's unused field with this at the place of a UDP checksum.
+#[inline(always)]
+fn unused(checksum: u16) -> [u8; 4] {
+    let [high, low] = checksum.to_ne_bytes();
+    [0, 0, high, low]
 }
 
 /// Resets the packet's connection (RFC 9293: the reset takes its numbers from the segment that it answers).
