@@ -1,21 +1,34 @@
-//! A pod asks a ClusterIP: real connections through the kernel, on bridged and routed pod networks.
+//! A pod asks a ClusterIP: real connections through the kernel, on bridged and routed pod networks, in both families.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use sheave_tests::client::{self, Conversation};
+use sheave_tests::family::Family;
 use sheave_tests::manifests::Service;
 use sheave_tests::scenario::Scenario;
 use sheave_tests::server;
 use sheave_tests::topology::{NodeNetwork, Pod, PodNetwork, Shape};
 
 const WEB: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
-/// Enough for a random choice of one in four to stay within 5 % of even by five standard deviations.
-const MANY: usize = 40_000;
+const WEB6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x10);
+/// Connections, and what an even share may differ by: enough for a random choice of one in four to stay within it by five
+/// standard deviations.
+const MANY: [(Family, usize, f64); 2] = [(Family::V4, 40_000, 0.05), (Family::V6, 10_000, 0.1)];
 
 fn web() -> Service {
-    Service::new("web", WEB).tcp("http", 80, server::WHO).tcp("echo", 7, server::ECHO).udp("udp", 53, server::UDP)
+    Service::new("web", WEB).and(WEB6).tcp("http", 80, server::WHO).tcp("echo", 7, server::ECHO).udp(
+        "udp",
+        53,
+        server::UDP,
+    )
+}
+
+/// Where [`web`] is.
+fn web_at(scenario: &Scenario, family: Family, port: u16) -> SocketAddr {
+    scenario.at(family.pick(WEB, WEB6), port)
 }
 
 /// The client is the first pod of node 1; the four servers are beside it or on node 2.
@@ -34,11 +47,14 @@ fn backends(scenario: &Scenario) -> &[Pod] {
 fn every_connection_is_answered(pods: PodNetwork, remote: bool, nodes: NodeNetwork) -> Result<()> {
     let scenario = four_backends(pods, remote, nodes)?;
     let client = scenario.pod(1, 1);
-    let answers = client::who_many(Some(&client.namespace), scenario.at(WEB, 80), MANY, 4);
-    answers.all_answered()?;
-    answers.evenly_spread(4, 0.05)?;
-    let own = IpAddr::from(client.address);
-    ensure!(answers.seen.iter().eq([&own]), "pods saw {:?}", answers.seen);
+    for (family, many, tolerance) in MANY {
+        let answers = client::who_many(Some(&client.namespace), web_at(&scenario, family, 80), many, 4);
+        answers.all_answered().with_context(|| family.to_string())?;
+        answers.evenly_spread(4, tolerance).with_context(|| family.to_string())?;
+        let own = client.address_of(family);
+        ensure!(answers.seen.iter().eq([&own]), "{family}: pods saw {:?}", answers.seen);
+    }
+    ensure!(scenario.cluster.checksum_errors()? == 0, "checksum errors");
     Ok(())
 }
 
@@ -79,8 +95,11 @@ fn no_connection_fails_while_the_backends_change_ten_times_a_second() -> Result<
         let scenario = four_backends(pods, remote, NodeNetwork::Plain)?;
         let client = scenario.pod(1, 1);
         let all: Vec<_> = backends(&scenario).iter().collect();
-        let answers = scenario
-            .ask_while_backends_change(&web(), &all, &client.namespace, &|| client::who(scenario.at(WEB, 80)))?;
+        let turn = AtomicUsize::new(0);
+        let answers = scenario.ask_while_backends_change(&web(), &all, &client.namespace, &|| {
+            let family = Family::BOTH[turn.fetch_add(1, Ordering::Relaxed) % 2];
+            client::who(web_at(&scenario, family, 80))
+        })?;
         answers.all_answered()?;
         ensure!(answers.total() > 1_000, "only {} connections in ten seconds", answers.total());
         ensure!(answers.by_backend.len() == 4, "not every backend had its turn: {:?}", answers.by_backend);
@@ -94,9 +113,9 @@ fn datagrams_go_both_ways() -> Result<()> {
     for (pods, remote) in [(PodNetwork::Bridged, false), (PodNetwork::Routed, false), (PodNetwork::Bridged, true)] {
         let scenario = four_backends(pods, remote, NodeNetwork::Plain)?;
         let client = scenario.pod(1, 1);
-        for size in [1, 100, 1_400] {
-            let answer = client.namespace.run(|| client::ask_udp(scenario.at(WEB, 53), &"x".repeat(size)))?;
-            ensure!(answer.seen.ip() == client.address, "the pod saw {}", answer.seen);
+        for (family, size) in Family::BOTH.into_iter().flat_map(|family| [1, 100, 1_400].map(|size| (family, size))) {
+            let answer = client.namespace.run(|| client::ask_udp(web_at(&scenario, family, 53), &"x".repeat(size)))?;
+            ensure!(answer.seen.ip() == client.address_of(family), "the pod saw {}", answer.seen);
         }
     }
     Ok(())
@@ -131,14 +150,16 @@ fn a_pod_reaches_itself_through_its_service() -> Result<()> {
         let scenario = Scenario::start(Shape { pods, pod_counts: [1, 0], ..Shape::default() }, &[])?;
         let pod = scenario.pod(1, 1);
         scenario.publish(&web(), [pod])?;
-        let answers = client::who_many(Some(&pod.namespace), scenario.at(WEB, 80), 500, 2);
-        answers.all_answered()?;
-        let hairpin: IpAddr = [169, 254, 42, 1].into();
-        ensure!(answers.seen.iter().eq([&hairpin]), "{pods:?}: the pod saw {:?}", answers.seen);
-        pod.namespace.run(|| client::ask_udp(scenario.at(WEB, 53), "ping"))?;
-        pod.namespace
-            .run(|| Conversation::open(scenario.at(WEB, 7))?.transfer(5_000_000))
-            .context("a hairpin transfer")?;
+        for family in Family::BOTH {
+            let answers = client::who_many(Some(&pod.namespace), web_at(&scenario, family, 80), 500, 2);
+            answers.all_answered().with_context(|| format!("{pods:?}, {family}"))?;
+            let hairpin = family.pick([169, 254, 42, 1], [0xfd53, 0x6865, 0x6176, 0x6500, 0, 0, 0, 1]);
+            ensure!(answers.seen.iter().eq([&hairpin]), "{pods:?}: the pod saw {:?}", answers.seen);
+            pod.namespace.run(|| client::ask_udp(web_at(&scenario, family, 53), "ping"))?;
+            pod.namespace
+                .run(|| Conversation::open(web_at(&scenario, family, 7))?.transfer(5_000_000))
+                .with_context(|| format!("a hairpin transfer by {family}"))?;
+        }
     }
     Ok(())
 }
@@ -150,18 +171,21 @@ fn a_service_without_endpoints_and_an_unknown_port_refuse_at_once() -> Result<()
         let scenario = Scenario::start(Shape { pods, pod_counts: [2, 0], ..Shape::default() }, &[])?;
         let client = scenario.pod(1, 1);
         let empty = Ipv4Addr::new(10, 96, 0, 11);
-        scenario.publish(&Service::new("empty", empty).tcp("http", 80, 1).udp("dns", 53, 1), [])?;
+        let empty6 = Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x11);
+        scenario.publish(&Service::new("empty", empty).and(empty6).tcp("http", 80, 1).udp("dns", 53, 1), [])?;
         scenario.publish(&web(), [scenario.pod(1, 2)])?;
-        for target in [scenario.at(empty, 80), scenario.at(WEB, 81)] {
+        for target in [scenario.at(empty, 80), scenario.at(empty6, 80), scenario.at(WEB, 81), scenario.at(WEB6, 81)] {
             let started = Instant::now();
             let refused = client.namespace.run(|| std::net::TcpStream::connect_timeout(&target, client::LIMIT));
             let error = refused.err().with_context(|| format!("{target} accepted a connection"))?;
             ensure!(error.kind() == std::io::ErrorKind::ConnectionRefused, "{target}: {error}");
             ensure!(started.elapsed() < Duration::from_millis(500), "{target} took {:?}", started.elapsed());
         }
-        let refused = client.namespace.run(|| client::ask_udp(scenario.at(empty, 53), "ping"));
-        let error = format!("{:#}", refused.err().context("an empty service answered")?);
-        ensure!(error.contains("refused"), "UDP: {error}");
+        for target in [scenario.at(empty, 53), scenario.at(empty6, 53), scenario.at(WEB6, 54)] {
+            let refused = client.namespace.run(|| client::ask_udp(target, "ping"));
+            let error = format!("{:#}", refused.err().with_context(|| format!("{target} answered"))?);
+            ensure!(error.contains("refused"), "UDP to {target}: {error}");
+        }
     }
     Ok(())
 }
@@ -171,23 +195,26 @@ fn a_service_without_endpoints_and_an_unknown_port_refuse_at_once() -> Result<()
 fn clients_with_affinity_stay_with_their_pod() -> Result<()> {
     let scenario = Scenario::start(Shape { pod_counts: [5, 0], ..Shape::default() }, &[])?;
     let service = web().affinity(600);
-    scenario.publish(&service, &scenario.node().pods[1..])?;
     let client = scenario.pod(1, 1);
-    let answers = client::who_many(Some(&client.namespace), scenario.at(WEB, 80), 200, 2);
-    answers.all_answered()?;
-    ensure!(answers.by_backend.len() == 1, "one client was sent to {:?}", answers.by_backend);
+    for family in Family::BOTH {
+        scenario.publish(&service, &scenario.node().pods[1..])?;
+        let target = web_at(&scenario, family, 80);
+        let answers = client::who_many(Some(&client.namespace), target, 200, 2);
+        answers.all_answered()?;
+        ensure!(answers.by_backend.len() == 1, "one client was sent to {:?} by {family}", answers.by_backend);
 
-    // The pod goes; the client gets another one and stays with it.
-    let first = answers.by_backend.keys().next().cloned().unwrap_or_default();
-    scenario.publish(&service, scenario.node().pods[1..].iter().filter(|pod| pod.name != first))?;
-    sheave_tests::process::eventually(Duration::from_secs(5), || {
-        let answer = client.namespace.run(|| client::who(scenario.at(WEB, 80)))?;
-        ensure!(answer.backend != first, "the client is still sent to {first}");
-        Ok(())
-    })?;
-    let answers = client::who_many(Some(&client.namespace), scenario.at(WEB, 80), 200, 2);
-    answers.all_answered()?;
-    ensure!(answers.by_backend.len() == 1, "one client was sent to {:?}", answers.by_backend);
+        // The pod goes; the client gets another one and stays with it.
+        let first = answers.by_backend.keys().next().cloned().unwrap_or_default();
+        scenario.publish(&service, scenario.node().pods[1..].iter().filter(|pod| pod.name != first))?;
+        sheave_tests::process::eventually(Duration::from_secs(5), || {
+            let answer = client.namespace.run(|| client::who(target))?;
+            ensure!(answer.backend != first, "the client is still sent to {first}");
+            Ok(())
+        })?;
+        let answers = client::who_many(Some(&client.namespace), target, 200, 2);
+        answers.all_answered()?;
+        ensure!(answers.by_backend.len() == 1, "one client was sent to {:?} by {family}", answers.by_backend);
+    }
     Ok(())
 }
 
@@ -198,13 +225,20 @@ fn a_transfer_over_a_narrower_road_succeeds() -> Result<()> {
         let scenario = Scenario::start(Shape { pods, pod_counts: [1, 1], ..Shape::default() }, &[])?;
         let (client, backend) = (scenario.pod(1, 1), scenario.pod(2, 1));
         scenario.publish(&web(), [backend])?;
-        scenario.node().namespace.ip(&["route replace 10.244.2.0/24 via 192.168.50.2 mtu 1300"])?;
-        client.namespace.run(|| Conversation::open(scenario.at(WEB, 7))?.transfer(5_000_000)).with_context(|| {
-            let route = client.namespace.output("ip", &["route", "get", &scenario.cluster_ip(WEB).to_string()]);
-            format!("{pods:?}: the client's route: {route:?}")
-        })?;
-        let route = client.namespace.output("ip", &["route", "get", &scenario.cluster_ip(WEB).to_string()])?;
-        ensure!(route.contains("mtu 1300"), "{pods:?}: the client has not learnt the road's width: {route}");
+        scenario.node().namespace.ip(&[
+            "route replace 10.244.2.0/24 via 192.168.50.2 mtu 1300",
+            "route replace fd00:10:244:2::/64 via fd00:50::2 mtu 1300",
+        ])?;
+        for family in Family::BOTH {
+            let target = web_at(&scenario, family, 7);
+            let route = || client.namespace.output("ip", &["route", "get", &target.ip().to_string()]);
+            client
+                .namespace
+                .run(|| Conversation::open(target)?.transfer(5_000_000))
+                .with_context(|| format!("{pods:?}: the client's route: {:?}", route()))?;
+            let route = route()?;
+            ensure!(route.contains("mtu 1300"), "{pods:?}: the client has not learnt the road's width: {route}");
+        }
     }
     Ok(())
 }
@@ -214,22 +248,25 @@ fn a_transfer_over_a_narrower_road_succeeds() -> Result<()> {
 fn one_source_port_to_two_services_with_one_backend_is_two_connections() -> Result<()> {
     let scenario = Scenario::start(Shape { pod_counts: [2, 1], ..Shape::default() }, &[])?;
     let other = Ipv4Addr::new(10, 96, 0, 12);
+    let other6 = Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x12);
     for backend in [scenario.pod(1, 2), scenario.pod(2, 1)] {
         scenario.publish(&web(), [backend])?;
-        scenario.publish(&Service::new("other", other).tcp("echo", 7, server::ECHO), [backend])?;
+        scenario.publish(&Service::new("other", other).and(other6).tcp("echo", 7, server::ECHO), [backend])?;
         let client = scenario.pod(1, 1);
-        client.namespace.run(|| -> Result<()> {
-            let source = SocketAddrV4::new(client.address, 5_000);
-            let mut one = Conversation::open_from(source, SocketAddrV4::new(scenario.cluster_ip(WEB), 7))
-                .context("the first Service")?;
-            let mut two = Conversation::open_from(source, SocketAddrV4::new(scenario.cluster_ip(other), 7))
-                .context("the second Service")?;
-            for words in [&b"one"[..], b"two", b"three"] {
-                one.say(words).context("through the first Service")?;
-                two.say(words).context("through the second Service")?;
-            }
-            Ok(())
-        })?;
+        for family in Family::BOTH {
+            client.namespace.run(|| -> Result<()> {
+                let source = client::at(client.address_of(family), 5_000);
+                let mut one = Conversation::open_from(source, web_at(&scenario, family, 7))
+                    .with_context(|| format!("the first Service by {family}"))?;
+                let mut two = Conversation::open_from(source, scenario.at(family.pick(other, other6), 7))
+                    .with_context(|| format!("the second Service by {family}"))?;
+                for words in [&b"one"[..], b"two", b"three"] {
+                    one.say(words).context("through the first Service")?;
+                    two.say(words).context("through the second Service")?;
+                }
+                Ok(())
+            })?;
+        }
     }
     Ok(())
 }
@@ -237,7 +274,8 @@ fn one_source_port_to_two_services_with_one_backend_is_two_connections() -> Resu
 /// With a CNI's usual firewall in the way, replies would be dropped as invalid.
 #[test]
 fn a_firewall_that_drops_invalid_packets_sees_proper_connections() -> Result<()> {
-    let rules = "table ip cni { chain forward { type filter hook forward priority filter; ct state invalid drop; }; }";
+    let rules =
+        "table inet cni { chain forward { type filter hook forward priority filter; ct state invalid drop; }; }";
     for (pods, bridge_netfilter, firewall) in [
         (PodNetwork::Bridged, "1", true),
         (PodNetwork::Bridged, "1", false),
@@ -247,18 +285,21 @@ fn a_firewall_that_drops_invalid_packets_sees_proper_connections() -> Result<()>
         let scenario = Scenario::start(Shape { pods, pod_counts: [3, 2], ..Shape::default() }, &[])?;
         let node = scenario.node();
         node.namespace.sysctl("bridge/bridge-nf-call-iptables", bridge_netfilter)?;
+        node.namespace.sysctl("bridge/bridge-nf-call-ip6tables", bridge_netfilter)?;
         if firewall {
             node.namespace.output("nft", &[rules])?;
         }
         let pods = node.pods[1..].iter().chain(&scenario.cluster.nodes[1].pods);
         scenario.publish(&web(), pods)?;
         let client = scenario.pod(1, 1);
-        let answers = client::who_many(Some(&client.namespace), scenario.at(WEB, 80), 500, 2);
-        answers
-            .all_answered()
-            .with_context(|| format!("bridge-nf-call-iptables {bridge_netfilter}, firewall {firewall}"))?;
-        ensure!(answers.by_backend.len() == 4, "{:?}", answers.by_backend);
-        client.namespace.run(|| Conversation::open(scenario.at(WEB, 7))?.transfer(5_000_000))?;
+        for family in Family::BOTH {
+            let answers = client::who_many(Some(&client.namespace), web_at(&scenario, family, 80), 500, 2);
+            answers.all_answered().with_context(|| {
+                format!("{family}, bridge-nf-call-iptables {bridge_netfilter}, firewall {firewall}")
+            })?;
+            ensure!(answers.by_backend.len() == 4, "{:?}", answers.by_backend);
+            client.namespace.run(|| Conversation::open(web_at(&scenario, family, 7))?.transfer(5_000_000))?;
+        }
     }
     Ok(())
 }
@@ -270,13 +311,16 @@ fn gigabytes_flow_without_a_checksum_error() -> Result<()> {
         let pod_counts = if remote { [1, 1] } else { [2, 1] };
         let scenario = Scenario::start(Shape { pods, pod_counts, ..Shape::default() }, &[])?;
         let backend = if remote { scenario.pod(2, 1) } else { scenario.pod(1, 2) };
-        let service = Service::new("bulk", WEB).tcp("iperf", 5201, 5201);
+        let service = Service::new("bulk", WEB).and(WEB6).tcp("iperf", 5201, 5201);
         scenario.publish(&service, [backend])?;
         let before = scenario.cluster.checksum_errors()?;
-        let moved =
-            server::iperf(&backend.namespace, &scenario.pod(1, 1).namespace, scenario.at(WEB, 5201), 2_000_000_000)?;
-        ensure!(moved >= 1_950_000_000, "only {moved} bytes arrived");
-        ensure!(scenario.cluster.checksum_errors()? == before, "checksum errors");
+        for family in Family::BOTH {
+            let target = web_at(&scenario, family, 5201);
+            let moved = server::iperf(&backend.namespace, &scenario.pod(1, 1).namespace, target, 1_500_000_000)
+                .with_context(|| format!("{pods:?}, {family}, remote {remote}"))?;
+            ensure!(moved >= 1_450_000_000, "{family}: only {moved} bytes arrived");
+            ensure!(scenario.cluster.checksum_errors()? == before, "{family}: checksum errors");
+        }
     }
     Ok(())
 }

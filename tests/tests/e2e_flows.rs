@@ -2,7 +2,7 @@
 //! flooded, or idle for too long.
 
 use std::io::{self, Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use serde_json::Value;
 use sheave_common::Ipv4Address;
 use sheave_common::flow::{Flow, FlowKey, flags};
 use sheave_tests::client::{self, Conversation};
+use sheave_tests::family::Family;
 use sheave_tests::manifests::Service;
 use sheave_tests::packet::{Packet, SYN};
 use sheave_tests::scenario::Scenario;
@@ -19,12 +20,13 @@ use sheave_tests::server;
 use sheave_tests::topology::{PodNetwork, Shape};
 
 const WEB: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
-const NODE: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 1);
+const WEB6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x10);
 /// Where [`Ticker`] listens.
 const TICK: u16 = 9_000;
 
 fn web() -> Service {
     Service::new("web", WEB)
+        .and(WEB6)
         .tcp("echo", 7, server::ECHO)
         .tcp("tick", 9, TICK)
         .udp("udp", 53, server::UDP)
@@ -181,19 +183,22 @@ fn an_idle_flow_is_forgotten_in_its_time_and_an_active_one_is_not() -> Result<()
     })
 }
 
-/// Asks a remote backend with a TTL; the error, if a router says that it ran out.
-fn ask_with_ttl(target: SocketAddr, ttl: u32) -> Result<Option<io::Error>> {
-    let socket = UdpSocket::bind("0.0.0.0:0")?;
-    let on: libc::c_int = 1;
-    // SAFETY: the option is as long as is said and outlives the call.
-    let set = unsafe {
-        let option = (&raw const on).cast();
-        libc::setsockopt(socket.as_raw_fd(), libc::SOL_IP, libc::IP_RECVERR, option, size_of_val(&on) as u32)
+/// Asks a remote backend with a TTL or hop limit; the error, if a router says that it ran out.
+fn ask_with_ttl(target: SocketAddr, ttl: libc::c_int) -> Result<Option<io::Error>> {
+    let socket = client::udp_to(target)?;
+    let (level, limit, errors) = match Family::of(target.ip()) {
+        Family::V4 => (libc::SOL_IP, libc::IP_TTL, libc::IP_RECVERR),
+        Family::V6 => (libc::SOL_IPV6, libc::IPV6_UNICAST_HOPS, libc::IPV6_RECVERR),
     };
-    ensure!(set == 0, "IP_RECVERR: {}", io::Error::last_os_error());
+    for (option, value) in [(errors, 1), (limit, ttl)] {
+        // SAFETY: the value is as long as is said and outlives the call.
+        let set = unsafe {
+            let (value, size) = ((&raw const value).cast(), size_of_val(&value) as u32);
+            libc::setsockopt(socket.as_raw_fd(), level, option, value, size)
+        };
+        ensure!(set == 0, "socket option {option}: {}", io::Error::last_os_error());
+    }
     socket.set_read_timeout(Some(Duration::from_secs(2)))?;
-    socket.connect(target)?;
-    socket.set_ttl(ttl)?;
     socket.send(b"how far")?;
     match socket.recv(&mut [0; 100]) {
         Ok(_) => Ok(None),
@@ -208,18 +213,20 @@ fn a_redirected_packet_is_a_hop_older_and_dies_of_age() -> Result<()> {
         let shape = Shape { pods: PodNetwork::Routed, pod_counts: [1, 1], xdp, ..Shape::default() };
         let scenario = Scenario::start(shape, &["--xdp", if xdp { "native" } else { "off" }])?;
         scenario.publish(&web(), [scenario.pod(2, 1)])?;
-        scenario.cluster.client.run(|| -> Result<()> {
-            // Both neighbours are known from here on, so XDP does what it can.
-            ensure!(ask_with_ttl(scenario.at(NODE, 30_053), 64)?.is_none());
-            // 1 dies at this node, 2 at the other one, which forwards it to its pod.
-            for ttl in [1, 2] {
-                let error =
-                    ask_with_ttl(scenario.at(NODE, 30_053), ttl)?.with_context(|| format!("TTL {ttl} was enough"))?;
-                ensure!(error.raw_os_error() == Some(libc::EHOSTUNREACH), "TTL {ttl}, XDP {xdp}: {error}");
-            }
-            ensure!(ask_with_ttl(scenario.at(NODE, 30_053), 3)?.is_none(), "TTL 3 was not enough, XDP {xdp}");
-            Ok(())
-        })?;
+        for family in Family::BOTH {
+            let target = scenario.at(scenario.node().address_of(family), 30_053);
+            scenario.cluster.client.run(|| -> Result<()> {
+                // Both neighbours are known from here on, so XDP does what it can.
+                ensure!(ask_with_ttl(target, 64)?.is_none());
+                // 1 dies at this node, 2 at the other one, which forwards it to its pod.
+                for ttl in [1, 2] {
+                    let error = ask_with_ttl(target, ttl)?.with_context(|| format!("TTL {ttl} was enough"))?;
+                    ensure!(error.raw_os_error() == Some(libc::EHOSTUNREACH), "{target}, {ttl}, XDP {xdp}: {error}");
+                }
+                ensure!(ask_with_ttl(target, 3)?.is_none(), "{target}: 3 hops were not enough, XDP {xdp}");
+                Ok(())
+            })?;
+        }
     }
     Ok(())
 }

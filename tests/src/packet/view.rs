@@ -63,6 +63,12 @@ impl View<'_> {
         SocketAddr::new(self.addresses().1, self.port(2))
     }
 
+    /// Length of transport header and payload.
+    #[must_use]
+    pub fn transport_length(&self) -> usize {
+        self.transport().len()
+    }
+
     /// `source → destination`, for comparing in one go.
     #[must_use]
     pub fn tuple(&self) -> String {

@@ -5,6 +5,7 @@
 mod clusterip;
 mod collisions;
 mod icmp;
+mod ipv6;
 mod lifetimes;
 mod networks;
 mod nodeport;
