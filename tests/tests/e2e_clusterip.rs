@@ -113,7 +113,9 @@ fn datagrams_go_both_ways() -> Result<()> {
     for (pods, remote) in [(PodNetwork::Bridged, false), (PodNetwork::Routed, false), (PodNetwork::Bridged, true)] {
         let scenario = four_backends(pods, remote, NodeNetwork::Plain)?;
         let client = scenario.pod(1, 1);
-        for (family, size) in Family::BOTH.into_iter().flat_map(|family| [1, 100, 1_400].map(|size| (family, size))) {
+        for (family, size) in
+            Family::BOTH.into_iter().flat_map(|family| [1, 100, 1_400, 4_000].map(|size| (family, size)))
+        {
             let answer = client.namespace.run(|| client::ask_udp(web_at(&scenario, family, 53), &"x".repeat(size)))?;
             ensure!(answer.seen.ip() == client.address_of(family), "the pod saw {}", answer.seen);
         }

@@ -186,15 +186,18 @@ fn no_connection_fails_while_the_backends_change_ten_times_a_second() -> Result<
 #[test]
 fn datagrams_and_transfers_go_both_ways() -> Result<()> {
     for backends in ALL {
+        // The client's fragments are too large for a tunnel until it has learnt the tunnel's width, which costs a datagram.
+        let narrow = backends == Backends::Remote(NodeNetwork::Vxlan);
+        let sizes = if narrow { &[1, 1_000][..] } else { &[1, 1_000, 4_000] };
         for pods in [PodNetwork::Bridged, PodNetwork::Routed] {
             for xdp in [false, true] {
                 let scenario = start(backends, pods, xdp, 1)?;
                 for family in Family::BOTH {
                     let context = || format!("{backends:?}, {pods:?}, XDP {xdp}, {family}");
                     scenario.cluster.client.run(|| -> Result<()> {
-                        for size in [1, 1_000] {
+                        for size in sizes {
                             let target = node_at(&scenario, family, UDP);
-                            let answer = client::ask_udp(target, &"x".repeat(size)).with_context(context)?;
+                            let answer = client::ask_udp(target, &"x".repeat(*size)).with_context(context)?;
                             let seen = answer.seen;
                             ensure!(seen.ip() == backends.seen(family), "{}: the pod saw {seen}", context());
                         }
