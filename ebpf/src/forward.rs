@@ -68,12 +68,19 @@ fn checked_route<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, rewrite: &
     }
 }
 
-/// Bytes of the packet from the network header on, or of one of its segments if it is a GSO packet.
+/// Says in place of a segment's length that segments differ (the kernel's GSO_BY_FRAGS): SCTP, whose chunks are never cut.
+const SEGMENTS_DIFFER: u32 = 0xffff;
+
+/// Bytes of the packet from the network header on, or of one of its segments if it is a GSO packet; 0 where segments have
+/// no length in common.
 #[inline(always)]
 fn segment_length<C: Context, A: Network>(ctx: &C, packet: &Packet<A>) -> u32 {
     let payload = ctx.segment_payload();
     if payload == 0 {
         return packet.length;
+    }
+    if payload == SEGMENTS_DIFFER {
+        return 0;
     }
     let transport = match ctx.load::<crate::packet::transport::Tcp>(packet.transport::<C>()) {
         Some(tcp) if packet.key.protocol == sheave_common::PROTOCOL_TCP => u32::from(tcp.data_offset >> 4) * 4,

@@ -203,7 +203,8 @@ fn send_echo<C: Context, A: Network>(ctx: &C, packet: &Packet<A>) -> Option<()> 
     let header = A::answer_header(packet, A::ICMP, (packet.length - (message - packet.network::<C>())) as u16);
     // With options the header stays as it was, but for the addresses.
     if message - packet.network::<C>() == A::LENGTH {
-        ctx.store(packet.network::<C>(), &header)?;
+        // IPv6's has no checksum that would make up for the hop limit.
+        ctx.store_uncompensated(packet.network::<C>(), &header)?;
     } else {
         A::rewrite_header(ctx, packet, &packet.key.tuple.reversed(), false, 0)?;
     }

@@ -336,6 +336,30 @@ impl Programs {
         Ok(())
     }
 
+    /// Writes the mark on a service address, as the controller does.
+    pub fn mark(&mut self, address: IpAddr, flags: u32) -> Result<()> {
+        let mark = Frontend {
+            version: self.next_version(),
+            service_id: 0,
+            flags,
+            cluster: BackendSet::default(),
+            local: BackendSet::default(),
+            affinity_seconds: 0,
+            reserved: 0,
+        };
+        match address {
+            IpAddr::V4(address) => {
+                let key = FrontendKey::mark(Ipv4Address::from(address));
+                self.hash::<_, Frontend>(names::FRONTENDS4)?.insert(key, mark, 0)?;
+            }
+            IpAddr::V6(address) => {
+                let key = FrontendKey::mark(Ipv6Address::from(address));
+                self.hash::<_, Frontend>(names::FRONTENDS6)?.insert(key, mark, 0)?;
+            }
+        }
+        Ok(())
+    }
+
     fn next_version(&mut self) -> u64 {
         self.version += 1;
         self.version

@@ -1,5 +1,6 @@
 //! Hand-made packets of both families, and reading what a program made of them.
 
+mod fragments;
 mod view;
 
 use std::net::{IpAddr, SocketAddr};
@@ -7,6 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use bytes::{BufMut as _, Bytes, BytesMut};
 use sheave_common::{PROTOCOL_ICMP, PROTOCOL_ICMPV6, PROTOCOL_SCTP, PROTOCOL_TCP, PROTOCOL_UDP};
 
+pub use fragments::{join, split};
 pub use view::View;
 
 /// TCP flag FIN.
@@ -63,6 +65,7 @@ pub struct Packet {
     fragment: Option<u16>,
     claimed_length: Option<u16>,
     payload: Vec<u8>,
+    segment: Option<Vec<u8>>,
     udp_checksum: bool,
     to_mac: [u8; 6],
 }
@@ -82,6 +85,7 @@ impl Packet {
             fragment: None,
             claimed_length: None,
             payload: Vec::new(),
+            segment: None,
             udp_checksum: true,
             to_mac: NODE_MAC,
         }
@@ -199,6 +203,13 @@ impl Packet {
         self
     }
 
+    /// With this transport header and payload as they are, in place of those that its addresses and payload would give it.
+    #[must_use]
+    pub fn segment(mut self, segment: &[u8]) -> Self {
+        self.segment = Some(segment.to_vec());
+        self
+    }
+
     /// With these sequence and acknowledgment numbers.
     #[must_use]
     pub fn numbers(mut self, sequence: u32, acknowledgment: u32) -> Self {
@@ -283,6 +294,9 @@ impl Packet {
 
     /// Transport header and payload.
     fn transport(&self) -> BytesMut {
+        if let Some(segment) = &self.segment {
+            return segment[..].into();
+        }
         let mut transport = BytesMut::new();
         if matches!(self.protocol, PROTOCOL_TCP | PROTOCOL_UDP | PROTOCOL_SCTP) {
             transport.put_u16(self.source.port());

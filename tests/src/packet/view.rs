@@ -42,7 +42,9 @@ impl View<'_> {
         }
     }
 
-    fn transport(&self) -> &[u8] {
+    /// Transport header and payload.
+    #[must_use]
+    pub fn transport(&self) -> &[u8] {
         let end = if self.is_ipv6() { IPV6 + usize::from(self.word(4)) } else { usize::from(self.word(2)) };
         &self.network()[self.transport_at().1..end]
     }

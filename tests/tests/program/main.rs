@@ -4,13 +4,18 @@
 
 mod clusterip;
 mod collisions;
+mod echo;
+mod fragments;
 mod icmp;
 mod ipv6;
 mod lifetimes;
 mod networks;
+mod node;
 mod nodeport;
 mod refusals;
+mod sctp_associations;
 mod versions;
+mod vlan;
 
 use std::net::SocketAddr;
 
