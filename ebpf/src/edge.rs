@@ -5,7 +5,7 @@ use core::mem::MaybeUninit;
 use sheave_common::config::flags as config_flags;
 use sheave_common::flow::{EDGE_UPLINK, Flow, flags};
 use sheave_common::frontend::{FrontendKey, flags as frontend_flags};
-use sheave_common::{DropReason, PROTOCOL_UDP};
+use sheave_common::{DropReason, PROTOCOL_TCP, PROTOCOL_UDP};
 
 use crate::balance::Origin;
 use crate::context::{Addressee, Context};
@@ -14,7 +14,7 @@ use crate::packet::network::Network;
 use crate::packet::transport::flags as tcp;
 use crate::packet::{Kind, Packet, Part};
 use crate::verdict::{FLOW, Verdict};
-use crate::{conntrack, create, features, forward, fragment, icmp, observe, reject};
+use crate::{conntrack, create, features, forward, fragment, icmp, observe, own, reject};
 
 /// Which way packets of a hook travel.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -185,6 +185,10 @@ fn miss<C: Context, A: Network>(
         Unknown::Unallocated => Verdict::Drop(DropReason::Unallocated),
         Unknown::NoSuchPort => reject::port_unreachable(ctx, packet, origin, DropReason::UnknownPort),
         Unknown::MidFlow if draining() => Verdict::Pass,
+        // A process of this node has taken a nodePort's number as its own port.
+        Unknown::MidFlow if packet.key.protocol == PROTOCOL_TCP && own::connection(ctx, &packet.key.tuple) => {
+            Verdict::Pass
+        }
         Unknown::MidFlow => reject::reset(ctx, packet, DropReason::NoFlow),
     };
     verdict.to_bits()

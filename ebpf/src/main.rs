@@ -16,6 +16,7 @@ mod fragment;
 mod icmp;
 mod maps;
 mod observe;
+mod own;
 mod packet;
 mod reject;
 mod route;

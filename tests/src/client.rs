@@ -457,3 +457,35 @@ pub fn mapped(target: SocketAddr) -> SocketAddr {
         SocketAddr::V6(_) => target,
     }
 }
+
+/// Sends an echo request with a payload of this length; whether it is answered within a second. Needs the namespace's
+/// `net.ipv4.ping_group_range`.
+///
+/// # Errors
+/// If the kernel refuses, or the answer has another payload.
+pub fn ping(target: IpAddr, length: usize) -> Result<bool> {
+    let (family, protocol, request) = match target {
+        IpAddr::V4(_) => (libc::AF_INET, libc::IPPROTO_ICMP, 8),
+        IpAddr::V6(_) => (libc::AF_INET6, libc::IPPROTO_ICMPV6, 128),
+    };
+    // SAFETY: socket takes no pointers; the new descriptor is owned here and nowhere else. The kernel's ping sockets are
+    // datagram sockets, so UdpSocket's calls fit.
+    let socket = unsafe {
+        let descriptor = libc::socket(family, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, protocol);
+        ensure!(descriptor >= 0, "a socket for pings: {}", io::Error::last_os_error());
+        UdpSocket::from(OwnedFd::from_raw_fd(descriptor))
+    };
+    socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+    socket.connect(SocketAddr::new(target, 0)).with_context(|| format!("pinging {target}"))?;
+    let payload: Vec<u8> = (0..length).map(|index| (index % 251) as u8).collect();
+    // The kernel fills in identifier and checksum.
+    socket.send(&[&[request, 0, 0, 0, 0, 0, 0, 1], &payload[..]].concat()).context("sending an echo request")?;
+    let mut answer = vec![0; length + 100];
+    match socket.recv(&mut answer) {
+        Ok(received) => {
+            ensure!(received >= 8 && answer[8..received] == payload, "the echo of {target} differs from what was sent");
+            Ok(true)
+        }
+        Err(_) => Ok(false),
+    }
+}
