@@ -348,7 +348,13 @@ fn read_quote<C: Context>(
     if start.version_and_label[0] >> 4 != 6 {
         return None;
     }
-    let ports = ctx.load::<transport::Ports>(network + LENGTH)?;
+    let (mut offset, mut protocol) = (network + LENGTH, start.next_header);
+    // A first fragment: what a router finds too big is often one, since only senders fragment.
+    if protocol == next::FRAGMENT {
+        let header = ctx.load::<Fragment>(offset).filter(|header| header.offset_be & 0xfff8_u16.to_be() == 0)?;
+        (offset, protocol) = (offset + 8, header.next_header);
+    }
+    let ports = ctx.load::<transport::Ports>(offset)?;
     let quote = quote.as_mut_ptr();
     // Field by field: a value on the way would take as much again of the stack.
     // SAFETY: the place is a quote's; its addresses are overwritten as a whole before they are read.
@@ -357,9 +363,9 @@ fn read_quote<C: Context>(
         ctx.load_into(network + ADDRESSES, addresses_mut(&mut *tuple))?;
         (&raw mut (*tuple).source_port_be).write(ports.source_be);
         (&raw mut (*tuple).destination_port_be).write(ports.destination_be);
-        (&raw mut (*quote).protocol).write(start.next_header);
+        (&raw mut (*quote).protocol).write(protocol);
         (&raw mut (*quote).network).write(network);
-        (&raw mut (*quote).transport).write(network + LENGTH);
+        (&raw mut (*quote).transport).write(offset);
     }
     Some(())
 }
