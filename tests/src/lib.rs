@@ -25,6 +25,7 @@ pub mod oracle;
 pub mod packet;
 pub mod process;
 pub mod program;
+pub mod raw_bpf;
 pub mod real_server;
 pub mod scenario;
 pub mod server;

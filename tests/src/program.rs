@@ -5,7 +5,9 @@
 use std::collections::HashMap as StdHashMap;
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::maps::lpm_trie::{Key, LpmTrie};
@@ -49,6 +51,8 @@ pub struct Outcome {
     pub action: i32,
     /// The packet afterwards.
     pub packet: Vec<u8>,
+    /// How long a run took: the mean of all repeats, in whole nanoseconds.
+    pub duration: Duration,
 }
 
 /// The fields of `__sk_buff` that a test may set; the rest is zero.
@@ -220,6 +224,17 @@ impl Programs {
         }
     }
 
+    /// A hash map's descriptor, for programs that are not in the object.
+    pub fn descriptor(&mut self, name: &str) -> Result<OwnedFd> {
+        use aya::maps::Map;
+        let (Map::HashMap(data) | Map::LruHashMap(data)) =
+            self.bpf.map_mut(name).with_context(|| format!("no map {name}"))?
+        else {
+            return Err(anyhow!("{name} is no hash map"));
+        };
+        Ok(data.fd().as_fd().try_clone_to_owned()?)
+    }
+
     /// Writes a service port's backends, table runs and frontends, and returns its backend ids in order.
     pub fn service(&mut self, service: &Service) -> Result<Vec<u32>> {
         let mut ids = Vec::new();
@@ -377,6 +392,11 @@ impl Programs {
 
     /// Runs a tc program once.
     pub fn tc(&mut self, program: &str, packet: &[u8], context: SkbContext) -> Result<Outcome> {
+        self.tc_repeated(program, packet, context, 1)
+    }
+
+    /// Runs a tc program again and again on what it has made of the packet; the outcome is the last run's.
+    pub fn tc_repeated(&mut self, program: &str, packet: &[u8], context: SkbContext, repeat: u32) -> Result<Outcome> {
         let program: &mut SchedClassifier =
             self.bpf.program_mut(program).with_context(|| format!("no program {program}"))?.try_into()?;
         let mut skb = [0_u8; SK_BUFF];
@@ -393,14 +413,20 @@ impl Programs {
             data_in: Some(packet),
             data_out: Some(&mut out),
             ctx_in: Some(&skb),
+            repeat,
             ..TestRunOptions::new()
         })?;
         out.truncate(usize::try_from(result.data_size_out)?);
-        Ok(Outcome { action: result.return_value.cast_signed(), packet: out })
+        Ok(Outcome { action: result.return_value.cast_signed(), packet: out, duration: result.duration })
     }
 
     /// Runs the XDP program once, as if the frame had come in by an interface of the calling thread's namespace.
     pub fn xdp(&mut self, packet: &[u8], ifindex: u32) -> Result<Outcome> {
+        self.xdp_repeated(packet, ifindex, 1)
+    }
+
+    /// Runs the XDP program again and again on what it has made of the frame; the outcome is the last run's.
+    pub fn xdp_repeated(&mut self, packet: &[u8], ifindex: u32, repeat: u32) -> Result<Outcome> {
         let program: &mut Xdp = self.bpf.program_mut("uplink_xdp").context("no program uplink_xdp")?.try_into()?;
         // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
         let mut context = [0_u8; 24];
@@ -411,10 +437,11 @@ impl Programs {
             data_in: Some(packet),
             data_out: Some(&mut out),
             ctx_in: Some(&context),
+            repeat,
             ..TestRunOptions::new()
         })?;
         out.truncate(usize::try_from(result.data_size_out)?);
-        Ok(Outcome { action: result.return_value.cast_signed(), packet: out })
+        Ok(Outcome { action: result.return_value.cast_signed(), packet: out, duration: result.duration })
     }
 
     /// Takes what the programs have logged through aya-log, as raw records; development builds only.

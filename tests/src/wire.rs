@@ -7,12 +7,12 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use anyhow::{Context as _, Result};
 
 use crate::netns::Namespace;
+use crate::program::XDP_PASS;
+use crate::raw_bpf::{EXIT, Kind, MOVE, Program, bpf, check, instruction};
 
 /// ETHTOOL_STXCSUM of linux/ethtool.h.
 const ETHTOOL_STXCSUM: u32 = 0x17;
-const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_LINK_CREATE: libc::c_long = 28;
-const BPF_PROG_TYPE_XDP: u32 = 6;
 const BPF_XDP: u32 = 37;
 const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
 
@@ -64,17 +64,6 @@ impl XdpPass {
 }
 
 fn attach_pass(interface: &str) -> io::Result<OwnedFd> {
-    // r0 = XDP_PASS; exit
-    const PROGRAM: [u64; 2] = [0x0000_0002_0000_00b7, 0x0000_0000_0000_0095];
-    #[repr(C)]
-    #[derive(Default)]
-    struct ProgLoad {
-        prog_type: u32,
-        insn_cnt: u32,
-        insns: u64,
-        license: u64,
-        rest: [u64; 16],
-    }
     #[repr(C)]
     #[derive(Default)]
     struct LinkCreate {
@@ -91,37 +80,15 @@ fn attach_pass(interface: &str) -> io::Result<OwnedFd> {
     if index == 0 {
         return Err(io::Error::last_os_error());
     }
-    let load = ProgLoad {
-        prog_type: BPF_PROG_TYPE_XDP,
-        insn_cnt: 2,
-        insns: PROGRAM.as_ptr() as u64,
-        license: c"GPL".as_ptr() as u64,
-        ..ProgLoad::default()
-    };
-    let program = bpf(BPF_PROG_LOAD, &load)?;
+    let program = Program::load(Kind::Xdp, &[instruction(MOVE, 0, 0, 0, XDP_PASS), EXIT])?;
     bpf(
         BPF_LINK_CREATE,
         &LinkCreate {
-            prog_fd: program.as_raw_fd().cast_unsigned(),
+            prog_fd: program.descriptor().as_raw_fd().cast_unsigned(),
             target_ifindex: index,
             attach_type: BPF_XDP,
             flags: XDP_FLAGS_DRV_MODE,
             ..LinkCreate::default()
         },
     )
-}
-
-/// A bpf(2) command that makes a descriptor.
-fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<OwnedFd> {
-    // SAFETY: the attributes are a repr(C) value that is long enough for the command, its unused rest is zero, and what it
-    // points to outlives the call. The descriptor that comes back is owned here and nowhere else.
-    unsafe {
-        let descriptor = libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>());
-        let descriptor = i32::try_from(descriptor).unwrap_or(-1);
-        Ok(OwnedFd::from_raw_fd(check(descriptor)?))
-    }
-}
-
-fn check(result: i32) -> io::Result<i32> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }

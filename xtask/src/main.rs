@@ -1,9 +1,10 @@
-//! Development tasks: `cargo xtask setup | build | test | demo`.
+//! Development tasks: `cargo xtask setup | build | test | demo | bench`.
 //!
 //! Each task first sets up what it needs and says in plain words what it installs; on a machine where nothing is
 //! missing that takes no time.
 
 mod apt;
+mod bench;
 mod demo;
 mod process;
 mod setup;
@@ -37,6 +38,8 @@ enum Task {
     Test(test::Options),
     /// Show Services at work: two nodes and a client in network namespaces, real HTTP and DNS
     Demo,
+    /// Measure what Sheave costs, side by side with what it is compared to; `--help` says how
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
@@ -68,6 +71,10 @@ fn run(task: &Task) -> Result<()> {
         Task::Demo => {
             setup::run(setup::Need::Everything)?;
             demo::run()
+        }
+        Task::Bench(options) => {
+            setup::run(setup::Need::Everything)?;
+            bench::run(options)
         }
     }
 }

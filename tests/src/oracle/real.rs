@@ -225,7 +225,7 @@ impl Sheave {
             return Seen::Odd(format!("XDP: {by_xdp:?}"));
         }
         // XDP finished it. tc finds the same flow.
-        let redirected = Outcome { action: REDIRECT, packet: by_xdp.packet };
+        let redirected = Outcome { action: REDIRECT, ..by_xdp };
         let seen = interpret(packet, &frame, &redirected);
         if seen == by_tc { seen } else { Seen::Odd(format!("XDP: {seen:?}, then tc: {by_tc:?}")) }
     }
