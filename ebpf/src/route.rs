@@ -81,7 +81,9 @@ pub fn source<C: Context, A: Network>(ctx: &C, tuple: &mut Tuple<A>, protocol: u
     let mut parameters = parameters(ctx, tuple, protocol);
     let flags = if features::has(features::FIB_SOURCE) { BPF_FIB_LOOKUP_SRC } else { 0 };
     match lookup(ctx, &mut parameters, flags) {
-        BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => {}
+        // Given no length, the kernel compares the packet's own with the MTU, after it has answered everything else. Whether
+        // it is too big is said where it is sent.
+        BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH | BPF_FIB_LKUP_RET_FRAG_NEEDED => {}
         _ => return Err(DropReason::NoRoute),
     }
     // With a resolved neighbour the kernel reports the source; without one it leaves the packet's own.

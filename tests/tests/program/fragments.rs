@@ -255,6 +255,29 @@ fn only_a_first_fragment_is_answered() {
     }
 }
 
+/// A client whose first datagram is too large for the road would never learn the road's width, nor get an answer.
+#[test]
+fn the_very_first_packet_of_a_flow_may_be_too_big_and_is_answered_with_the_mtu() {
+    for of in &Addresses::BOTH {
+        let (client, frontend, backend) = (at(of.client, 40_000), at(of.node, 30_053), at(of.remote, 5_353));
+        let dns = service(1, PROTOCOL_UDP, (&frontend, flags::NODE_PORT), &[(&backend, false)]);
+        let too_big = if of.family == Family::V4 { (3, 4) } else { (2, 0) };
+        on_a_node(&[dns], |programs, ifindex| {
+            let status = std::process::Command::new("ip").args(["link", "set", "up0", "mtu", "1400"]).status().unwrap();
+            assert!(status.success());
+            let whole = Packet::udp(&client, &frontend).payload(&[7; PAYLOAD]).build();
+            let fragment = split(&datagram(&at(of.client, 40_001), &frontend).build(), PAYLOAD, 7).remove(0);
+            for packet in [&whole[..], &fragment[..]] {
+                let out = uplink(programs, "uplink_ingress", packet, ifindex);
+                let view = View(&out.packet);
+                assert_eq!((out.action, view.icmp(), view.icmp_mtu()), (REDIRECT, too_big, 1_400));
+                view.assert_checksums();
+            }
+            assert_eq!(programs.dropped(DropReason::TooBig).unwrap(), 2);
+        });
+    }
+}
+
 #[test]
 fn xdp_leaves_fragments_to_tc() {
     for of in &Addresses::BOTH {
