@@ -16,7 +16,7 @@ use sheave_common::frontend::flags;
 use sheave_common::{DropReason, PROTOCOL_SCTP, names};
 use sheave_tests::family::Family;
 use sheave_tests::packet::{Packet, View, join, split};
-use sheave_tests::program::{DROP, NEXT, Outcome, Programs, REDIRECT, XDP_TX};
+use sheave_tests::program::{DROP, NEXT, Outcome, Programs, REDIRECT, SkbContext, XDP_TX};
 
 use crate::node::{Addresses, at, on_a_node, service, uplink};
 use crate::pod;
@@ -393,5 +393,23 @@ fn fragments_pass_if_their_ports_stay_and_are_dropped_if_they_change() {
                 assert_eq!(programs.dropped(DropReason::RewriteFailed).unwrap(), 1);
             }
         }
+    }
+}
+
+/// A sender that leaves it to its device to cut a message into packets says that they differ, and would be told that 64 KiB
+/// are too much.
+#[test]
+fn packets_that_are_yet_to_be_cut_are_not_too_big() {
+    for of in &Addresses::BOTH {
+        let (client, frontend, backend) = (at(of.client, PORT), at(of.node, PORT), at(of.remote, 6_000));
+        let exposed = service(1, PROTOCOL_SCTP, (&frontend, flags::NODE_PORT), &[(&backend, false)]);
+        on_a_node(&[exposed], |programs, ifindex| {
+            uplink(programs, "uplink_ingress", &bare(&client, &frontend, chunk::INIT), ifindex);
+            let chunk = [&[chunk::DATA, 3, 3, 0][..], &[7; 764]].concat();
+            let uncut = Packet::sctp(&client, &frontend).payload(&chunk.repeat(4)).build();
+            let differ = SkbContext { ifindex, gso_size: 0xffff, gso_segs: 4 };
+            let out = programs.tc("uplink_ingress", &uncut, differ).unwrap();
+            assert_eq!((out.action, View(&out.packet).destination().to_string()), (REDIRECT, backend.clone()));
+        });
     }
 }
