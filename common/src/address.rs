@@ -73,11 +73,12 @@ impl Ipv6Address {
     /// (RFC 4291, 2.5) or link-local, which means nothing beyond its link.
     #[inline(always)]
     #[must_use]
-    pub const fn is_one_host(self) -> bool {
-        let o = &self.octets;
-        let high = u64::from_ne_bytes([o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7]]);
-        let low = u64::from_ne_bytes([o[8], o[9], o[10], o[11], o[12], o[13], o[14], o[15]]);
-        !(o[0] == 0xff || (o[0] == 0xfe && o[1] & 0xc0 == 0x80) || (high == 0 && (low == 0 || low == 1_u64.to_be())))
+    pub fn is_one_host(self) -> bool {
+        let [first, second, third, last] = self.words();
+        let multicast = self.octets[0] == 0xff;
+        let link_local = self.octets[0] == 0xfe && self.octets[1] & 0xc0 == 0x80;
+        let unspecified_or_loopback = first == 0 && second == 0 && third == 0 && (last == 0 || last == 1_u32.to_be());
+        !(multicast || link_local || unspecified_or_loopback)
     }
 }
 

@@ -1,6 +1,6 @@
 //! `frontends4` and `frontends6`: an (address, port, protocol) that clients connect to.
 
-use crate::{Ipv4Address, Ipv6Address};
+use crate::{Address, Ipv4Address, Ipv6Address};
 
 /// Key of a frontend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -43,8 +43,34 @@ pub struct Frontend {
     pub local: BackendSet,
     /// Session affinity time-out in seconds (1 to 86400); 0 means no affinity.
     pub affinity_seconds: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// One of [`algorithm`].
+    pub algorithm: u32,
+}
+
+/// Values of [`Frontend::algorithm`]: how a new connection's index into its set's run is found.
+pub mod algorithm {
+    /// At random.
+    pub const RANDOM: u32 = 0;
+    /// In turn, by each CPU for itself.
+    pub const ROUND_ROBIN: u32 = 1;
+    /// By [`super::client_hash`]: the run is a Maglev table.
+    pub const MAGLEV: u32 = 2;
+}
+
+/// The hash by which all nodes find the same element for a client: of its address and, but with session affinity (when
+/// `port_be` is 0), its port, and of the port that it asks for.
+#[inline(always)]
+#[must_use]
+pub fn client_hash<A: Address>(client: &A, port_be: u16, frontend_port_be: u16, protocol: u8) -> u32 {
+    let mut hash = (u32::from(u16::from_be(port_be)) << 16 | u32::from(u16::from_be(frontend_port_be)))
+        ^ u32::from(protocol).wrapping_mul(0x9e37_79b9);
+    for word in client.words() {
+        // MurmurHash3's finalizer, once for each word.
+        hash = (hash ^ u32::from_be(word)).wrapping_mul(0x85eb_ca6b);
+        hash = (hash ^ (hash >> 13)).wrapping_mul(0xc2b2_ae35);
+        hash ^= hash >> 16;
+    }
+    hash
 }
 
 /// Bits of [`Frontend::flags`].
@@ -100,5 +126,5 @@ crate::layout::layout!(FrontendKey<Ipv6Address>, size 20, {
 });
 crate::layout::layout!(Frontend, size 40, {
     version @ 0 + 8, service_id @ 8 + 4, flags @ 12 + 4, cluster @ 16 + 8, local @ 24 + 8,
-    affinity_seconds @ 32 + 4, reserved @ 36 + 4,
+    affinity_seconds @ 32 + 4, algorithm @ 36 + 4,
 });

@@ -6,21 +6,44 @@ use aya_ebpf::helpers::bpf_get_prandom_u32;
 use sheave_common::DropReason;
 use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::backend::{self, Backend};
-use sheave_common::frontend::{BackendSet, Frontend, FrontendKey, flags};
+use sheave_common::frontend::{BackendSet, Frontend, FrontendKey, algorithm, client_hash, flags};
 
 use crate::maps::{self, BACKEND_TABLE, Family};
-use crate::{features, versioned};
+use crate::{features, observe, versioned};
 
 /// How often a choice starts again when the set changed under it.
 const ATTEMPTS: u32 = 3;
 
 /// Where a new connection comes from.
 #[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
 pub enum Origin {
     /// A pod of this node, or a process on this host.
     Inside,
     /// An uplink or a tunnel.
     Outside,
+}
+
+/// Where a new connection comes from, and by which of the client's ports, in one word: BPF functions take five arguments.
+#[derive(Clone, Copy)]
+pub struct From(u32);
+
+impl From {
+    /// `port_be` is the client's port, or any number that is the connection's own.
+    #[inline(always)]
+    pub fn new(origin: Origin, port_be: u16) -> Self {
+        Self((origin as u32) << 16 | u32::from(port_be))
+    }
+
+    #[inline(always)]
+    fn is_inside(self) -> bool {
+        self.0 >> 16 == Origin::Inside as u32
+    }
+
+    #[inline(always)]
+    fn port_be(self) -> u16 {
+        self.0 as u16
+    }
 }
 
 /// A chosen backend.
@@ -35,11 +58,8 @@ pub struct Choice<A: Family> {
 /// The set that traffic of this origin may reach. The short circuit is in the flags: inside traffic to a frontend under
 /// the external policy uses the cluster set.
 #[inline(always)]
-fn set(frontend: &Frontend, origin: Origin) -> (BackendSet, bool) {
-    let local = match origin {
-        Origin::Inside => frontend.flags & flags::INTERNAL_LOCAL != 0,
-        Origin::Outside => frontend.flags & flags::EXTERNAL_LOCAL != 0,
-    };
+fn set(frontend: &Frontend, from: From) -> (BackendSet, bool) {
+    let local = frontend.flags & if from.is_inside() { flags::INTERNAL_LOCAL } else { flags::EXTERNAL_LOCAL } != 0;
     (if local { frontend.local } else { frontend.cluster }, local)
 }
 
@@ -47,12 +67,12 @@ fn set(frontend: &Frontend, origin: Origin) -> (BackendSet, bool) {
 #[inline(always)]
 pub fn choose<'a, A: Family>(
     key: &FrontendKey<A>,
-    origin: Origin,
+    from: From,
     client: &A,
     now: u32,
     choice: &'a mut MaybeUninit<Choice<A>>,
 ) -> Result<&'a Choice<A>, DropReason> {
-    choose_into(key, origin, client, now, choice)?;
+    choose_into(key, from, client, now, choice)?;
     // SAFETY: `choose_into` fills it whenever it succeeds.
     Ok(unsafe { choice.assume_init_ref() })
 }
@@ -61,7 +81,7 @@ pub fn choose<'a, A: Family>(
 #[inline(never)]
 fn choose_into<A: Family>(
     key: &FrontendKey<A>,
-    origin: Origin,
+    from: From,
     client: &A,
     now: u32,
     choice: &mut MaybeUninit<Choice<A>>,
@@ -71,57 +91,89 @@ fn choose_into<A: Family>(
         if frontend.flags & flags::SOURCE_RANGES != 0 && !A::in_source_ranges(frontend.service_id, *client) {
             return Err(DropReason::SourceRange);
         }
-        let (set, local) = set(&frontend, origin);
+        let (set, local) = set(&frontend, from);
         if set.length == 0 {
             let nowhere = frontend.cluster.length == 0;
             return Err(if nowhere { DropReason::NoEndpoint } else { DropReason::NoLocalEndpoint });
         }
-        if frontend.affinity_seconds != 0
-            && let Some(known) = remembered(&frontend, *client, local, now)
-        {
-            remember(&frontend, *client, known.id, now);
-            choice.write(known);
-            return Ok(());
+        if frontend.affinity_seconds != 0 {
+            let id = remembered::<A>(frontend.service_id, frontend.affinity_seconds, client, now);
+            let needed = if local { backend::flags::IN_LOCAL_SET } else { backend::flags::IN_CLUSTER_SET };
+            if id != 0 && candidate(id, frontend.service_id, needed, choice) == Ok(true) {
+                remember(frontend.service_id, client, id, now);
+                return Ok(());
+            }
         }
-        // SAFETY: the helper takes no arguments.
-        let random = unsafe { bpf_get_prandom_u32() };
-        let index = set.first + random % set.length;
+        let index = set.first + number(&frontend, key, client, from) % set.length;
         let Some(id) = BACKEND_TABLE.get(index) else { continue };
         // SAFETY: an aligned word of an array element, which may be written at the same time; it is checked below.
         let id = unsafe { core::ptr::from_ref(id).read_volatile() };
-        if let Some(backend) = versioned::backend::<A>(id)?
-            && backend.service_id == frontend.service_id
-        {
+        if candidate(id, frontend.service_id, 0, choice)? {
             if frontend.affinity_seconds != 0 {
-                remember(&frontend, *client, id, now);
+                remember(frontend.service_id, client, id, now);
             }
-            choice.write(Choice { id, backend });
             return Ok(());
         }
     }
     Err(DropReason::BackendMissing)
 }
 
-/// The backend of the client's last connection, if that is recent and the backend is still in the set.
+/// The number that decides on an element of a set's run.
 #[inline(always)]
-fn remembered<A: Family>(frontend: &Frontend, client: A, local: bool, now: u32) -> Option<Choice<A>> {
-    let key = AffinityKey { service_id: frontend.service_id, client };
-    // SAFETY: a map value stays readable while the program runs; what is read is checked below.
-    let affinity = unsafe { maps::copy(A::affinity(&key)?) };
-    if features::elapsed(affinity.last_new_connection, now) >= frontend.affinity_seconds {
-        return None;
+fn number<A: Family>(frontend: &Frontend, key: &FrontendKey<A>, client: &A, from: From) -> u32 {
+    match frontend.algorithm {
+        algorithm::ROUND_ROBIN => observe::connections(frontend.service_id),
+        algorithm::MAGLEV => {
+            let port_be = if frontend.affinity_seconds == 0 { from.port_be() } else { 0 };
+            hash(client, port_be, key.port_be, key.protocol)
+        }
+        // SAFETY: the helper takes no arguments.
+        _ => unsafe { bpf_get_prandom_u32() },
     }
-    let backend = versioned::backend::<A>(affinity.backend_id).ok()??;
-    let needed = if local { backend::flags::IN_LOCAL_SET } else { backend::flags::IN_CLUSTER_SET };
-    if backend.service_id != frontend.service_id || backend.flags & needed == 0 {
-        return None;
-    }
-    Some(Choice { id: affinity.backend_id, backend })
 }
 
-/// Remembers a client's backend.
-#[inline(always)]
-fn remember<A: Family>(frontend: &Frontend, client: A, backend_id: u32, now: u32) {
-    let key = AffinityKey { service_id: frontend.service_id, client };
+/// [`client_hash`]. A function of its own in the kernel too, for its stack.
+#[inline(never)]
+fn hash<A: Family>(client: &A, port_be: u16, frontend_port_be: u16, protocol: u8) -> u32 {
+    client_hash(client, port_be, frontend_port_be, protocol)
+}
+
+/// Reads a backend into `choice`; false unless it is there, is this service port's, and has the flags that are needed. A
+/// function of its own in the kernel too, for its stack.
+#[inline(never)]
+fn candidate<A: Family>(
+    id: u32,
+    service_id: u32,
+    needed: u32,
+    choice: &mut MaybeUninit<Choice<A>>,
+) -> Result<bool, DropReason> {
+    let Some(backend) = versioned::backend::<A>(id)? else { return Ok(false) };
+    if backend.service_id != service_id || backend.flags & needed != needed {
+        return Ok(false);
+    }
+    let choice = choice.as_mut_ptr();
+    // SAFETY: the place is a choice's, and both fields are written.
+    unsafe {
+        (&raw mut (*choice).id).write(id);
+        maps::copy_words(&raw const backend, &raw mut (*choice).backend);
+    }
+    Ok(true)
+}
+
+/// The id of the backend of the client's last connection if that is recent; 0 if not. A function of its own in the kernel
+/// too, for its stack.
+#[inline(never)]
+fn remembered<A: Family>(service_id: u32, seconds: u32, client: &A, now: u32) -> u32 {
+    let key = AffinityKey { service_id, client: *client };
+    let Some(affinity) = A::affinity(&key) else { return 0 };
+    // SAFETY: a map value stays readable while the program runs; what is read is checked by `candidate`.
+    let affinity = unsafe { maps::copy(affinity) };
+    if features::elapsed(affinity.last_new_connection, now) >= seconds { 0 } else { affinity.backend_id }
+}
+
+/// Remembers a client's backend. A function of its own in the kernel too, for its stack.
+#[inline(never)]
+fn remember<A: Family>(service_id: u32, client: &A, backend_id: u32, now: u32) {
+    let key = AffinityKey { service_id, client: *client };
     A::insert_affinity(&key, &Affinity { backend_id, last_new_connection: now });
 }

@@ -8,7 +8,7 @@ use sheave_common::backend::flags as backend_flags;
 use sheave_common::flow::{Flow, flags, state};
 use sheave_common::frontend::FrontendKey;
 
-use crate::balance::{self, Origin};
+use crate::balance::{self, From, Origin};
 use crate::context::Context;
 use crate::packet::Packet;
 use crate::packet::network::Network;
@@ -57,7 +57,9 @@ fn toward_backend<'a, A: Network>(
     let frontend = FrontendKey::new(key.tuple.destination, key.tuple.destination_port_be, key.protocol);
     let scratch = scratch::<A>().ok_or(DropReason::RewriteFailed)?;
     // SAFETY: the scratch is this run's alone, and nothing else of it is touched here.
-    let choice = balance::choose(&frontend, origin, client, now, unsafe { &mut (*scratch).choice })?;
+    let choice = balance::choose(&frontend, From::new(origin, key.tuple.source_port_be), client, now, unsafe {
+        &mut (*scratch).choice
+    })?;
     let backend = &choice.backend;
     let hairpin = origin == Origin::Inside && backend.address == *client;
     let flow_flags = if hairpin {
@@ -91,7 +93,8 @@ fn toward_backend<'a, A: Network>(
 ///
 /// SNAT to an address of this node must not use a client's port number, which may be a local socket's; elsewhere the port
 /// moves only if another flow has the tuple.
-#[inline(always)]
+/// A function of its own in the kernel too, for its stack.
+#[inline(never)]
 fn claim_port<A: Network>(flow: &mut Flow<A>, now: u32) -> Result<(), DropReason> {
     let config = maps::config().ok_or(DropReason::RewriteFailed)?;
     let first = u32::from(config.snat_port_first);

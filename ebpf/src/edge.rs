@@ -168,28 +168,34 @@ fn miss<C: Context, A: Network>(
         Unknown::Foreign => Verdict::Pass,
         // Its first fragment had a flow, which is gone.
         _ if packet.part == Part::Later => Verdict::Drop(DropReason::Fragment),
-        _ if !packet.key.tuple.source.is_one_host() => {
-            if C::XDP {
-                Verdict::Pass
-            } else {
-                Verdict::Drop(DropReason::MartianSource)
-            }
-        }
+        Unknown::Martian if C::XDP => Verdict::Pass,
+        Unknown::Martian => Verdict::Drop(DropReason::MartianSource),
         Unknown::New => match create::flow(ctx, packet, origin, now, flow) {
             Ok(()) => return FLOW,
             Err(_) if C::XDP => Verdict::Pass,
-            Err(DropReason::NoEndpoint) => reject::port_unreachable(ctx, packet, origin, DropReason::NoEndpoint),
+            Err(DropReason::NoEndpoint) => return refuse(ctx, packet, origin, DropReason::NoEndpoint),
             Err(reason) => Verdict::Drop(reason),
         },
         _ if C::XDP => Verdict::Pass,
         Unknown::Unallocated => Verdict::Drop(DropReason::Unallocated),
-        Unknown::NoSuchPort => reject::port_unreachable(ctx, packet, origin, DropReason::UnknownPort),
+        Unknown::NoSuchPort => return refuse(ctx, packet, origin, DropReason::UnknownPort),
         Unknown::MidFlow if draining() => Verdict::Pass,
         // A process of this node has taken a nodePort's number as its own port.
         Unknown::MidFlow if packet.key.protocol == PROTOCOL_TCP && own::connection(ctx, &packet.key.tuple) => {
             Verdict::Pass
         }
-        Unknown::MidFlow => reject::reset(ctx, packet, DropReason::NoFlow),
+        Unknown::MidFlow => return refuse(ctx, packet, origin, DropReason::NoFlow),
+    };
+    verdict.to_bits()
+}
+
+/// Answers a packet that can't be served, as a verdict's bits. A function of its own in the kernel too, so that its stack is
+/// not that of new connections.
+#[inline(never)]
+fn refuse<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, origin: Origin, reason: DropReason) -> u64 {
+    let verdict = match reason {
+        DropReason::NoFlow => reject::reset(ctx, packet, reason),
+        _ => reject::port_unreachable(ctx, packet, origin, reason),
     };
     verdict.to_bits()
 }
@@ -206,6 +212,8 @@ enum Unknown {
     NoSuchPort,
     /// To an address inside a ServiceCIDR that no Service has.
     Unallocated,
+    /// To a Service, from an address that no single host can have.
+    Martian,
     /// Not ours.
     Foreign,
 }
@@ -225,6 +233,16 @@ fn unallocated<A: Family>(address: A) -> bool {
 /// A function of its own in the kernel too, for its stack.
 #[inline(never)]
 fn classify<A: Network>(packet: &Packet<A>) -> Unknown {
+    match destination(packet) {
+        Unknown::Foreign => Unknown::Foreign,
+        _ if !packet.key.tuple.source.is_one_host() => Unknown::Martian,
+        what => what,
+    }
+}
+
+/// What a packet is by its destination and flags.
+#[inline(always)]
+fn destination<A: Network>(packet: &Packet<A>) -> Unknown {
     let key = &packet.key;
     let frontend = FrontendKey::new(key.tuple.destination, key.tuple.destination_port_be, key.protocol);
     // Only the flags are read, and the key decides those that matter here, so a torn value does no harm.

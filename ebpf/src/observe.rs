@@ -27,6 +27,13 @@ pub fn connection(service_id: u32) {
     }
 }
 
+/// New connections of a service port that this CPU has counted so far.
+#[inline(always)]
+pub fn connections(service_id: u32) -> u32 {
+    // SAFETY: as in `count`.
+    SERVICE_COUNTERS.get_ptr_mut(service_id).map_or(0, |counter| unsafe { (*counter).connections as u32 })
+}
+
 /// Counts a translated packet of a service port.
 #[inline(always)]
 pub fn packet(service_id: u32, bytes: u32) {

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use sheave_common::config::Timeouts;
 
+use crate::model::desired::Algorithm;
+
 /// What `sheave run` was asked to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunConfig {
@@ -28,6 +30,8 @@ pub struct RunConfig {
     pub nodeport_addresses: NodePortAddresses,
     /// Whether spec.externalIPs are frontends.
     pub external_ips: bool,
+    /// How backends are chosen where a Service does not say.
+    pub algorithm: Algorithm,
     /// Source of a pod's packets to itself.
     pub hairpin4: Ipv4Addr,
     /// The same for IPv6.
@@ -178,6 +182,7 @@ impl RunConfig {
             interfaces: InterfaceRules::default(),
             nodeport_addresses: NodePortAddresses::Primary,
             external_ips: true,
+            algorithm: Algorithm::Random,
             hairpin4: Ipv4Addr::new(169, 254, 42, 1),
             hairpin6: Ipv6Addr::new(0xfd53, 0x6865, 0x6176, 0x6500, 0, 0, 0, 1),
             timeouts: Timeouts::DEFAULT,

@@ -133,6 +133,7 @@ impl Controller {
             node_name: config.node_name.clone(),
             external_ips: config.external_ips,
             nodeport_addresses: config.nodeport_addresses.clone(),
+            algorithm: config.algorithm,
         };
         Self {
             dataplane,

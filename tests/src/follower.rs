@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use sheave::config::NodePortAddresses;
+use sheave::model::desired::Algorithm;
 use sheave::model::{Change, Model, ModelOptions};
 use sheave::source::{SourceError, SourceEvent};
 use tokio::sync::mpsc;
@@ -83,6 +84,7 @@ impl Follower {
             node_name: HERE.to_owned(),
             external_ips: true,
             nodeport_addresses: NodePortAddresses::Primary,
+            algorithm: Algorithm::Random,
         };
         Self {
             receiver,

@@ -268,7 +268,7 @@ impl Programs {
                     cluster,
                     local,
                     affinity_seconds: service.affinity,
-                    reserved: 0,
+                    algorithm: 0,
                 };
                 let (port_be, protocol) = (address.port().to_be(), service.protocol);
                 match address.ip() {
@@ -344,7 +344,7 @@ impl Programs {
                 cluster: BackendSet::default(),
                 local: BackendSet::default(),
                 affinity_seconds: 0,
-                reserved: 0,
+                algorithm: 0,
             };
             self.hash::<FrontendKey<A>, Frontend>(map)?.insert(FrontendKey::mark(address), marked, 0)?;
         }

@@ -89,7 +89,7 @@ impl Pins {
             cluster: BackendSet { first: 5, length: 2 },
             local: BackendSet { first: 6, length: 1 },
             affinity_seconds: 10_800,
-            reserved: 0,
+            algorithm: 0,
         };
         let cluster_ip = FrontendKey::new(address([10, 96, 0, 10]), 80_u16.to_be(), PROTOCOL_TCP);
         let node_port = FrontendKey::new(address([192, 0, 2, 1]), 30_500_u16.to_be(), PROTOCOL_TCP);
@@ -173,12 +173,12 @@ fn what_is_pinned_is_shown_without_a_daemon() -> Result<()> {
     let expected = serde_json::json!([
         {
             "service": "default/web:http", "protocol": "TCP", "type": "ClusterIP", "address": "10.96.0.10", "port": 80,
-            "host_only": false, "internal_policy": "Cluster", "external_policy": "Cluster", "affinity_seconds": 10_800,
+            "host_only": false, "internal_policy": "Cluster", "external_policy": "Cluster", "affinity_seconds": 10_800, "algorithm": "random",
             "cluster_backends": ["10.244.0.5:8080", "10.244.0.6:8080"], "local_backends": ["10.244.0.5:8080"],
         },
         {
             "service": "default/web:http", "protocol": "TCP", "type": "NodePort", "address": "192.0.2.1", "port": 30_500,
-            "host_only": false, "internal_policy": "Cluster", "external_policy": "Cluster", "affinity_seconds": 10_800,
+            "host_only": false, "internal_policy": "Cluster", "external_policy": "Cluster", "affinity_seconds": 10_800, "algorithm": "random",
             "cluster_backends": ["10.244.0.5:8080", "10.244.0.6:8080"], "local_backends": ["10.244.0.5:8080"],
         },
     ]);

@@ -18,7 +18,7 @@ use sheave_common::socket::{SocketKey, SocketPeer};
 use sheave_common::{DropReason, PROTOCOL_TCP, PROTOCOL_UDP};
 
 use self::address::{Called6, Form, Ipv4, Ipv6, Mapped, SocketFamily as _};
-use crate::balance::{self, Choice, Origin};
+use crate::balance::{self, Choice, From, Origin};
 use crate::maps::{self, Family as _};
 use crate::{features, observe, versioned};
 
@@ -217,7 +217,9 @@ fn balance<F: Form>(call: &Call<'_, F>, request: Request) -> i32 {
     // for those of another namespace (which `host` mode leaves alone) one that no packet has.
     let client = if call.host { F::Address::node(call.config) } else { F::Address::of_namespace(call.namespace) };
     let mut choice = MaybeUninit::uninit();
-    let choice = match balance::choose(&key, Origin::Inside, &client, features::now(), &mut choice) {
+    // A socket has no port yet; its cookie is as good a number of its own.
+    let from = From::new(Origin::Inside, call.cookie as u16);
+    let choice = match balance::choose(&key, from, &client, features::now(), &mut choice) {
         Ok(choice) => choice,
         Err(DropReason::NoEndpoint) => return refuse(DropReason::NoEndpoint),
         Err(reason) => {

@@ -11,6 +11,7 @@ use super::{CliError, PinArgs, values};
 use crate::config::{
     BindAddresses, ConnectMode, InterfaceRules, MapSizes, NodePortAddresses, RunConfig, SourceConfig, XdpMode,
 };
+use crate::model::desired::Algorithm;
 
 /// Flags of `sheave run`.
 #[derive(Clone, Debug, Args)]
@@ -49,6 +50,10 @@ pub struct RunArgs {
         default_missing_value = "true"
     )]
     external_ips: bool,
+    /// How a backend is chosen for a new connection: random, round-robin, maglev. A Service's annotation sheave.dev/algorithm
+    /// goes before it.
+    #[arg(long, env = "SHEAVE_ALGORITHM", value_name = "NAME", default_value = "random", value_parser = values::algorithm)]
+    algorithm: Algorithm,
     /// Source address of a pod's packets to itself through a Service, IPv4.
     #[arg(long, env = "SHEAVE_HAIRPIN_IPV4", value_name = "ADDRESS", default_value = "169.254.42.1")]
     hairpin_ipv4: Ipv4Addr,
@@ -239,6 +244,7 @@ impl RunArgs {
             },
             nodeport_addresses: self.nodeport_addresses.clone(),
             external_ips: self.external_ips,
+            algorithm: self.algorithm,
             hairpin4: self.hairpin_ipv4,
             hairpin6: self.hairpin_ipv6,
             timeouts: self.timeouts.timeouts(),

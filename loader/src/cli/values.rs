@@ -3,6 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use crate::config::{BindAddresses, ConnectMode, NodePortAddresses, XdpMode};
+use crate::model::desired::Algorithm;
 
 pub(super) fn connect(text: &str) -> Result<ConnectMode, String> {
     match text {
@@ -12,6 +13,11 @@ pub(super) fn connect(text: &str) -> Result<ConnectMode, String> {
         "off" => Ok(ConnectMode::Off),
         _ => Err("write host (processes of this node), tcp (and pods' TCP), all, or off".to_owned()),
     }
+}
+
+pub(super) fn algorithm(text: &str) -> Result<Algorithm, String> {
+    let known = || Algorithm::ALL.map(Algorithm::name).join(", ");
+    Algorithm::from_name(text).ok_or_else(|| format!("write one of {}", known()))
 }
 
 pub(super) fn xdp(text: &str) -> Result<XdpMode, String> {

@@ -196,7 +196,7 @@ fn frontend_value(frontend: &Frontend, version: u64) -> frontend::Frontend {
         cluster: frontend.cluster,
         local: frontend.local,
         affinity_seconds: frontend.affinity_seconds,
-        reserved: 0,
+        algorithm: frontend.algorithm,
     }
 }
 
@@ -237,6 +237,7 @@ fn plan_frontend<A: Ip>((key, value): &(FrontendKey<A>, frontend::Frontend)) -> 
         cluster: value.cluster,
         local: value.local,
         affinity_seconds: value.affinity_seconds,
+        algorithm: value.algorithm,
     };
     (FrontendAddress::new(address, key.protocol), frontend)
 }

@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
+use sheave_common::frontend::algorithm;
+
 use super::network::Network;
 
 /// Transport protocol of a service port.
@@ -81,6 +83,41 @@ impl fmt::Display for ServicePortName {
     }
 }
 
+/// How a backend is chosen for a new connection. Weights count with each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum Algorithm {
+    /// At random.
+    #[default]
+    Random = algorithm::RANDOM,
+    /// In turn.
+    RoundRobin = algorithm::ROUND_ROBIN,
+    /// By a hash of the client: all nodes choose the same one, and hardly any client moves when another backend comes or
+    /// goes.
+    Maglev = algorithm::MAGLEV,
+}
+
+impl Algorithm {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Random, Self::RoundRobin, Self::Maglev];
+
+    /// Its name in flags, annotations and output.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Random => "random",
+            Self::RoundRobin => "round-robin",
+            Self::Maglev => "maglev",
+        }
+    }
+
+    /// By its name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|algorithm| algorithm.name() == name)
+    }
+}
+
 /// A service port as it should be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServicePort {
@@ -91,6 +128,8 @@ pub struct ServicePort {
     pub source_ranges: BTreeSet<Network>,
     /// Session affinity time-out in seconds, 0 for none.
     pub affinity_seconds: u32,
+    /// How backends are chosen.
+    pub algorithm: Algorithm,
     /// Endpoints for IPv4 frontends.
     pub endpoints4: EndpointSets,
     /// Endpoints for IPv6 frontends.
@@ -118,4 +157,6 @@ pub struct Endpoint {
     pub local: bool,
     /// Terminating and still serving.
     pub terminating: bool,
+    /// Share of new connections relative to the others; 1 unless weighted.
+    pub weight: u16,
 }

@@ -31,6 +31,7 @@ impl Candidate<'_> {
             port: self.port,
             local: self.local,
             terminating: self.endpoint.terminating,
+            weight: self.endpoint.weight,
         }
     }
 }

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use sheave_common::frontend::flags;
 
 use super::claims::{Claim, Claimant, Claims};
-use super::desired::{EndpointSets, ServiceKey, ServicePort, ServicePortName};
+use super::desired::{Algorithm, EndpointSets, ServiceKey, ServicePort, ServicePortName};
 use super::endpoints;
 use super::frontends::{self, Frontends};
 use super::health_check::{self, HealthCheck};
@@ -26,6 +26,8 @@ pub struct ModelOptions {
     pub external_ips: bool,
     /// Which node addresses serve nodePorts.
     pub nodeport_addresses: NodePortAddresses,
+    /// How backends are chosen where a Service does not say.
+    pub algorithm: Algorithm,
 }
 
 /// A change of the objects, as a source reports it.
@@ -168,11 +170,17 @@ impl Model {
                 endpoints::choose(self.slices_of(key), family, &port.name, port.protocol, &self.topology)
             };
             let name = ServicePortName { service: key.clone(), port: port.name.clone(), protocol: port.protocol };
-            let affinity_seconds = service.affinity_seconds;
-            let (endpoints4, endpoints6) = (endpoints(Family::V4), endpoints(Family::V6));
             let guarded = frontends.values().any(|bits| bits & flags::SOURCE_RANGES != 0);
             let source_ranges = service.source_ranges.clone().filter(|_| guarded).unwrap_or_default();
-            ports.insert(name, ServicePort { frontends, source_ranges, affinity_seconds, endpoints4, endpoints6 });
+            let port = ServicePort {
+                frontends,
+                source_ranges,
+                affinity_seconds: service.affinity_seconds,
+                algorithm: service.algorithm.unwrap_or(self.options.algorithm),
+                endpoints4: endpoints(Family::V4),
+                endpoints6: endpoints(Family::V6),
+            };
+            ports.insert(name, port);
         }
         ports
     }

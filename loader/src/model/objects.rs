@@ -7,7 +7,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::time::SystemTime;
 
-use super::desired::{Protocol, ServiceKey};
+use super::desired::{Algorithm, Protocol, ServiceKey};
 use super::network::Network;
 
 /// A field of an object that had to be skipped.
@@ -87,6 +87,8 @@ pub struct Service {
     pub external_local: bool,
     /// Session affinity time-out in seconds, 0 for none.
     pub affinity_seconds: u32,
+    /// How backends are chosen, if the Service's annotation says.
+    pub algorithm: Option<Algorithm>,
     /// spec.healthCheckNodePort, machine order.
     pub health_check_node_port: Option<u16>,
     /// metadata.uid, of those that have a healthCheckNodePort: an Event about it names it.
@@ -183,6 +185,8 @@ pub struct SliceEndpoint {
     pub serving: bool,
     /// conditions.terminating, absent ⇒ false.
     pub terminating: bool,
+    /// Share of new connections relative to the others, by the slice's annotation; absent ⇒ 1.
+    pub weight: u16,
     /// hints.forNodes
     pub for_nodes: Vec<String>,
     /// hints.forZones

@@ -11,8 +11,9 @@ use super::actual::{Actual, Dump};
 use super::claims::{Claims, Touched, mark_of};
 use super::identity::Identity;
 use super::reclaim::Queue;
+use super::spread;
 use super::write::{Backend, Batch, Frontend, FrontendAddress, Operation, Owner, Write};
-use crate::model::desired::{Endpoint, EndpointSets, ServicePort, ServicePortName};
+use crate::model::desired::{Algorithm, Endpoint, EndpointSets, ServicePort, ServicePortName};
 
 /// New connections may reach a backend with one of these.
 const IN_SETS: u32 = IN_CLUSTER_SET | IN_LOCAL_SET;
@@ -249,14 +250,15 @@ impl Planner {
             })
         };
         let owned_families = [owns(true), owns(false)];
+        let algorithm = desired.algorithm;
         let mut sets_of = |endpoints: &EndpointSets, owned: bool| -> Result<Sets, PlanError> {
             // A run that no frontend would name is not written.
             if !owned {
                 return Ok(Sets::default());
             }
             Ok(Sets {
-                cluster: self.run(service_id, &endpoints.cluster, &ids, &mut runs)?,
-                local: self.run(service_id, &endpoints.local, &ids, &mut runs)?,
+                cluster: self.run(service_id, algorithm, &endpoints.cluster, &ids, &mut runs)?,
+                local: self.run(service_id, algorithm, &endpoints.local, &ids, &mut runs)?,
             })
         };
         let sets = [sets_of(&desired.endpoints4, owned_families[0])?, sets_of(&desired.endpoints6, owned_families[1])?];
@@ -309,11 +311,16 @@ impl Planner {
     fn run(
         &mut self,
         service_id: u32,
+        algorithm: Algorithm,
         endpoints: &[Endpoint],
         ids: &BTreeMap<SocketAddr, u32>,
         writes: &mut Vec<Write>,
     ) -> Result<BackendSet, PlanError> {
-        let run: Vec<u32> = endpoints.iter().filter_map(|endpoint| ids.get(&socket(endpoint)).copied()).collect();
+        let backend = |endpoint: &Endpoint| {
+            let address = socket(endpoint);
+            ids.get(&address).map(|id| (address, endpoint.weight, *id))
+        };
+        let run = spread::run(algorithm, &endpoints.iter().filter_map(backend).collect::<Vec<_>>());
         if run.is_empty() {
             return Ok(BackendSet::default());
         }
@@ -375,6 +382,7 @@ impl Planner {
             cluster: sets.cluster,
             local: sets.local,
             affinity_seconds: desired.affinity_seconds,
+            algorithm: desired.algorithm as u32,
         })
     }
 
@@ -404,7 +412,7 @@ fn backend(service_id: u32, endpoint: &Endpoint) -> Backend {
         service_id,
         address: endpoint.address,
         port: endpoint.port,
-        weight: 1,
+        weight: endpoint.weight,
         flags: flag(endpoint.local, LOCAL) | flag(endpoint.terminating, TERMINATING),
     }
 }

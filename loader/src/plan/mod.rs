@@ -16,8 +16,10 @@ mod claims;
 mod diff;
 mod execute;
 mod identity;
+mod maglev;
 mod reclaim;
 mod runs;
+mod spread;
 mod table;
 #[cfg(test)]
 mod tests;

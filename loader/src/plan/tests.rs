@@ -197,7 +197,7 @@ fn set(random: &mut Random, ipv6: bool) -> Vec<Endpoint> {
             true => IpAddr::V6(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, host.into())),
             false => IpAddr::V4(Ipv4Addr::new(10, 1, 0, host)),
         };
-        endpoints.insert(address, Endpoint { address, port: 8080, local: host < 2, terminating: false });
+        endpoints.insert(address, Endpoint { address, port: 8080, local: host < 2, terminating: false, weight: 1 });
     }
     endpoints.into_values().collect()
 }
@@ -378,6 +378,7 @@ fn one_frontend(port: u16, backends: &[u8]) -> ServicePort {
         port: 80,
         local: false,
         terminating: false,
+        weight: 1,
     };
     let cluster: Vec<_> = backends.iter().map(endpoint).collect();
     ServicePort {

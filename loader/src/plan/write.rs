@@ -51,7 +51,7 @@ impl FrontendAddress {
 pub struct Frontend {
     /// Service port; 0 for a mark.
     pub service_id: u32,
-    /// Bits of [`frontend::flags`].
+    /// Bits of [`sheave_common::frontend::flags`].
     pub flags: u32,
     /// Run of the cluster set.
     pub cluster: BackendSet,
@@ -59,6 +59,8 @@ pub struct Frontend {
     pub local: BackendSet,
     /// Session affinity time-out, 0 for none.
     pub affinity_seconds: u32,
+    /// One of [`sheave_common::frontend::algorithm`].
+    pub algorithm: u32,
 }
 
 impl Frontend {
@@ -67,7 +69,7 @@ impl Frontend {
     #[must_use]
     pub const fn mark(flags: u32) -> Self {
         let none = BackendSet { first: 0, length: 0 };
-        Self { service_id: 0, flags, cluster: none, local: none, affinity_seconds: 0 }
+        Self { service_id: 0, flags, cluster: none, local: none, affinity_seconds: 0, algorithm: 0 }
     }
 }
 

@@ -184,6 +184,7 @@ mod tests {
     use super::*;
     use crate::config::NodePortAddresses;
     use crate::model::ModelOptions;
+    use crate::model::desired::Algorithm;
     use crate::model::desired::{Endpoint, Protocol};
     use crate::model::objects::{EndpointSlice, Family, Node, SliceKey};
 
@@ -246,7 +247,7 @@ mod tests {
     fn a_port_lacks_local_endpoints_if_a_policy_asks_for_them_and_they_are_elsewhere() {
         let endpoint = |local| {
             let address = "10.1.0.1".parse().unwrap();
-            Endpoint { address, port: 80, local, terminating: false }
+            Endpoint { address, port: 80, local, terminating: false, weight: 1 }
         };
         let elsewhere = EndpointSets { cluster: vec![endpoint(false)], local: Vec::new() };
         let here = EndpointSets { cluster: vec![endpoint(true)], local: vec![endpoint(true)] };
@@ -282,7 +283,12 @@ mod tests {
     fn a_node_that_was_there_and_went_has_left_and_one_that_never_came_has_not() {
         let node_name = "here".to_owned();
         let nodeport_addresses = NodePortAddresses::Primary;
-        let mut model = Model::new(ModelOptions { node_name, external_ips: true, nodeport_addresses });
+        let mut model = Model::new(ModelOptions {
+            node_name,
+            external_ips: true,
+            nodeport_addresses,
+            algorithm: Algorithm::Random,
+        });
         let (mut status, receiver) = status();
         status.applied();
         let healthz = |status: &Status| status.health.answer(super::super::health::Question::Healthz).status().as_u16();

@@ -11,7 +11,7 @@ use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
-use crate::model::desired::{Protocol, ServiceKey};
+use crate::model::desired::{Algorithm, Protocol, ServiceKey};
 use crate::model::network::Network;
 use crate::model::objects::{
     EndpointSlice, Family, Node, Port, Problem, Service, ServiceCidr, ServiceType, SliceEndpoint, SliceKey, SlicePort,
@@ -28,6 +28,10 @@ pub const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
 
 /// Annotation of EndpointSlices: when that happened for which the slice was last written.
 pub const ANNOTATION_TRIGGERED: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+/// Annotation of Services: how backends are chosen, by the name of an [`Algorithm`].
+pub const ANNOTATION_ALGORITHM: &str = "sheave.dev/algorithm";
+/// Annotation of EndpointSlices: the weight of all its endpoints (`3`), or of some (`10.244.1.2=3, 10.244.1.3=0`).
+pub const ANNOTATION_WEIGHTS: &str = "sheave.dev/weights";
 /// Taint of a Node that the cluster autoscaler is about to remove.
 pub const TAINT_TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
 
@@ -179,6 +183,7 @@ impl From<&core::Service> for Service {
             internal_local: reader.is_local("spec.internalTrafficPolicy", spec.internal_traffic_policy.as_deref()),
             external_local: reader.is_local("spec.externalTrafficPolicy", spec.external_traffic_policy.as_deref()),
             affinity_seconds: affinity_seconds(&mut reader, spec),
+            algorithm: algorithm(&mut reader, &object.metadata),
             health_check_node_port,
             uid: health_check_node_port.and(object.metadata.uid.clone()),
             problems: reader.0,
@@ -293,7 +298,8 @@ impl From<&discovery::EndpointSlice> for EndpointSlice {
             }
         };
         let ports = slice_ports(&mut reader, object.ports.as_deref().unwrap_or_default());
-        let endpoints = family.map_or_else(Vec::new, |family| endpoints(&mut reader, family, &object.endpoints));
+        let mut endpoints = family.map_or_else(Vec::new, |family| endpoints(&mut reader, family, &object.endpoints));
+        weigh(&mut reader, &object.metadata, &mut endpoints);
         Self {
             key,
             service,
@@ -307,8 +313,48 @@ impl From<&discovery::EndpointSlice> for EndpointSlice {
     }
 }
 
+fn annotation<'a>(metadata: &'a ObjectMeta, name: &str) -> Option<&'a str> {
+    metadata.annotations.as_ref()?.get(name).map(String::as_str)
+}
+
+fn algorithm(reader: &mut Reader, metadata: &ObjectMeta) -> Option<Algorithm> {
+    let name = annotation(metadata, ANNOTATION_ALGORITHM)?;
+    let algorithm = Algorithm::from_name(name.trim());
+    if algorithm.is_none() {
+        let known = Algorithm::ALL.map(Algorithm::name).join(", ");
+        let message = format!("{name:?} is none of {known}; the cluster's default is used");
+        reader.problem(format!("metadata.annotations[{ANNOTATION_ALGORITHM}]"), message);
+    }
+    algorithm
+}
+
+/// Gives endpoints the weights that the slice's annotation says. An entry that can't be read leaves its endpoint at 1.
+fn weigh(reader: &mut Reader, metadata: &ObjectMeta, endpoints: &mut [SliceEndpoint]) {
+    let Some(text) = annotation(metadata, ANNOTATION_WEIGHTS) else { return };
+    for entry in text.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
+        let (address, weight) = match entry.split_once('=') {
+            Some((address, weight)) => (parse_address(address.trim()), weight.trim().parse::<u16>().ok()),
+            None => (None, entry.parse().ok()),
+        };
+        match (address, weight) {
+            (Some(address), Some(weight)) => {
+                for endpoint in endpoints.iter_mut().filter(|endpoint| endpoint.address == address) {
+                    endpoint.weight = weight;
+                }
+            }
+            (None, Some(weight)) if !entry.contains('=') => {
+                endpoints.iter_mut().for_each(|endpoint| endpoint.weight = weight);
+            }
+            _ => reader.problem(
+                format!("metadata.annotations[{ANNOTATION_WEIGHTS}]"),
+                format!("{entry:?} is neither a weight from 0 to 65535 nor address=weight; it is left out"),
+            ),
+        }
+    }
+}
+
 fn triggered(reader: &mut Reader, metadata: &ObjectMeta) -> Option<SystemTime> {
-    let text = metadata.annotations.as_ref()?.get(ANNOTATION_TRIGGERED)?;
+    let text = annotation(metadata, ANNOTATION_TRIGGERED)?;
     let time = text.parse::<jiff::Timestamp>();
     if time.is_err() {
         reader.problem(format!("metadata.annotations[{ANNOTATION_TRIGGERED}]"), format!("{text:?} is not a time"));
@@ -355,6 +401,7 @@ fn endpoints(reader: &mut Reader, family: Family, endpoints: &[discovery::Endpoi
             ready,
             serving: conditions.serving.unwrap_or(ready),
             terminating: conditions.terminating.unwrap_or(false),
+            weight: 1,
             for_nodes: hints.for_nodes.into_iter().flatten().map(|node| node.name).collect(),
             for_zones: hints.for_zones.into_iter().flatten().map(|zone| zone.name).collect(),
         });

@@ -104,6 +104,7 @@ impl Sheave {
             node_name: config.node_name.clone(),
             external_ips: config.external_ips,
             nodeport_addresses: config.nodeport_addresses.clone(),
+            algorithm: config.algorithm,
         });
         model.set_node_addresses(options.addresses.clone());
         let (uplink, pod) = (index("up0"), index("pod0"));

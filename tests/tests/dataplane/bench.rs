@@ -142,7 +142,8 @@ pub(crate) fn name(name: &str) -> ServicePortName {
 
 pub(crate) fn service(host: u8, backends: &[u8]) -> ServicePort {
     let address = |host: u8| Ipv4Addr::new(10, 1, 0, host).into();
-    let endpoint = |host: &u8| Endpoint { address: address(*host), port: 80, local: *host == 1, terminating: false };
+    let endpoint =
+        |host: &u8| Endpoint { address: address(*host), port: 80, local: *host == 1, terminating: false, weight: 1 };
     let cluster: Vec<Endpoint> = backends.iter().map(endpoint).collect();
     let local = cluster.iter().filter(|endpoint| endpoint.local).copied().collect();
     ServicePort {

@@ -121,7 +121,7 @@ layouts! {
     BackendSet { first, length };
     FrontendKey<V4> { address, port_be, protocol, reserved };
     FrontendKey<V6> { address, port_be, protocol, reserved };
-    Frontend { version, service_id, flags, cluster, local, affinity_seconds, reserved };
+    Frontend { version, service_id, flags, cluster, local, affinity_seconds, algorithm };
     Prefix<SourceRange<V4>> { prefix_len, data };
     Prefix<SourceRange<V6>> { prefix_len, data };
     Prefix<V4> { prefix_len, data };

@@ -64,7 +64,7 @@ impl Writer {
             cluster: BackendSet { first, length: SET },
             local: BackendSet::default(),
             affinity_seconds: 0,
-            reserved: 0,
+            algorithm: 0,
         };
         self.frontends.insert(key(service), frontend, 0).unwrap();
         // The set before last of this service goes at once, so that the kernel reuses its elements under the readers.

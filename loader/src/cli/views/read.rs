@@ -133,6 +133,7 @@ fn resolve(
             service_id: value.service_id,
             flags: value.flags,
             affinity_seconds: value.affinity_seconds,
+            algorithm: value.algorithm,
             cluster: ids(value.cluster),
             local: ids(value.local),
         }

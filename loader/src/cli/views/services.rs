@@ -7,6 +7,8 @@ use serde::Serialize;
 use sheave_common::frontend::flags;
 
 use super::Row;
+use crate::model::desired::Algorithm;
+
 use super::snapshot::{Frontend, Snapshot, Traffic, protocol_name};
 
 #[derive(Debug, Serialize)]
@@ -22,6 +24,8 @@ pub(super) struct ServiceRow {
     internal_policy: &'static str,
     external_policy: &'static str,
     affinity_seconds: u32,
+    /// How backends are chosen.
+    algorithm: &'static str,
     cluster_backends: Vec<SocketAddr>,
     local_backends: Vec<SocketAddr>,
     /// Clients that are let in; absent if all are.
@@ -39,6 +43,10 @@ pub(super) fn rows(snapshot: &Snapshot) -> Vec<ServiceRow> {
         snapshot.frontends.iter().filter(marked).map(|found| row(snapshot, found)).collect();
     rows.sort_by(|a, b| a.order.cmp(&b.order));
     rows
+}
+
+fn algorithm_name(algorithm: u32) -> &'static str {
+    Algorithm::ALL.into_iter().find(|known| *known as u32 == algorithm).map_or("unknown", Algorithm::name)
 }
 
 fn row(snapshot: &Snapshot, frontend: &Frontend) -> ServiceRow {
@@ -63,6 +71,7 @@ fn row(snapshot: &Snapshot, frontend: &Frontend) -> ServiceRow {
         internal_policy: policy(flags::INTERNAL_LOCAL),
         external_policy: policy(flags::EXTERNAL_LOCAL),
         affinity_seconds: frontend.affinity_seconds,
+        algorithm: algorithm_name(frontend.algorithm),
         cluster_backends: addresses(&frontend.cluster),
         local_backends: addresses(&frontend.local),
         source_ranges: source_ranges(snapshot, frontend),

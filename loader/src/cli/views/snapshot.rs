@@ -43,6 +43,8 @@ pub(super) struct Frontend {
     /// Bits of [`sheave_common::frontend::flags`].
     pub(super) flags: u32,
     pub(super) affinity_seconds: u32,
+    /// One of [`sheave_common::frontend::algorithm`].
+    pub(super) algorithm: u32,
     /// Backend ids of the cluster set.
     pub(super) cluster: Vec<u32>,
     /// Backend ids of the local set.

@@ -16,7 +16,7 @@ fn maps() -> Snapshot {
         |service_id, address: &str, flags| Backend { service_id, address: address.parse().unwrap(), flags, weight: 1 };
     let frontend = |address: &str, protocol, service_id, flags, affinity_seconds, cluster: &[u32], local: &[u32]| {
         let (address, cluster, local) = (address.parse().unwrap(), cluster.to_vec(), local.to_vec());
-        Frontend { address, protocol, service_id, flags, affinity_seconds, cluster, local }
+        Frontend { address, protocol, service_id, flags, affinity_seconds, algorithm: 0, cluster, local }
     };
     Snapshot {
         names: BTreeMap::from([
@@ -119,6 +119,7 @@ fn services_as_json_hold_nothing_that_depends_on_history() {
     "internal_policy": "Cluster",
     "external_policy": "Cluster",
     "affinity_seconds": 0,
+    "algorithm": "random",
     "cluster_backends": [
       "10.244.0.2:53",
       "10.244.1.2:53"

@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 
-use super::desired::{Endpoint, Protocol, ServiceKey, ServicePort, ServicePortName};
+use super::desired::{Algorithm, Endpoint, Protocol, ServiceKey, ServicePort, ServicePortName};
 use super::{Change, Model, ModelOptions};
 use crate::config::NodePortAddresses;
 
@@ -28,7 +28,14 @@ impl Cluster {
 
     fn with(external_ips: bool, nodeport_addresses: NodePortAddresses) -> Self {
         let node_name = "here".to_owned();
-        Self { model: Model::new(ModelOptions { node_name, external_ips, nodeport_addresses }) }
+        Self {
+            model: Model::new(ModelOptions {
+                node_name,
+                external_ips,
+                nodeport_addresses,
+                algorithm: Algorithm::Random,
+            }),
+        }
     }
 
     /// A Service `default/web` with this spec.

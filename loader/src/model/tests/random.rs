@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
-use super::super::desired::{Protocol, ServiceKey, ServicePort, ServicePortName};
+use super::super::desired::{Algorithm, Protocol, ServiceKey, ServicePort, ServicePortName};
 use super::super::objects::{
     EndpointSlice, Family, Node, Port, Service, ServiceType, SliceEndpoint, SliceKey, SlicePort,
 };
@@ -69,6 +69,7 @@ impl Random {
             internal_local: self.one_in(2),
             external_local: self.one_in(2),
             affinity_seconds: 0,
+            algorithm: None,
             health_check_node_port: self.one_in(2).then_some(32_000),
             uid: None,
             problems: Vec::new(),
@@ -84,6 +85,7 @@ impl Random {
             ready: !self.one_in(3),
             serving: self.one_in(2),
             terminating: self.one_in(2),
+            weight: 1,
             for_nodes: if self.one_in(2) { vec![self.pick(&nodes)] } else { Vec::new() },
             for_zones: if self.one_in(4) { Vec::new() } else { vec![self.pick(&zones)] },
         });
@@ -166,7 +168,12 @@ impl Objects {
 
 fn model() -> Model {
     let node_name = "here".to_owned();
-    Model::new(ModelOptions { node_name, external_ips: true, nodeport_addresses: NodePortAddresses::Primary })
+    Model::new(ModelOptions {
+        node_name,
+        external_ips: true,
+        nodeport_addresses: NodePortAddresses::Primary,
+        algorithm: Algorithm::Random,
+    })
 }
 
 /// What follows from a Service, where something does.
