@@ -33,6 +33,9 @@ pub mod flags {
     pub const IN_CLUSTER_SET: u32 = 1 << 2;
     /// The backend is in its service port's local set.
     pub const IN_LOCAL_SET: u32 = 1 << 3;
+    /// Datagrams of flows that exist may reach the backend; all may that are in a set, and those that only serve what they
+    /// have. Without it the backend is leaving, and stays for packets in flight alone.
+    pub const SERVING: u32 = 1 << 4;
 }
 
 crate::layout::layout!(Backend<Ipv4Address>, size 24, {

@@ -83,7 +83,7 @@ unsafe fn turns_back<A: Family>(element: *const Flow<A>, tuple: &Tuple<A>) -> bo
 }
 
 /// Finds the flow of a packet and keeps its state up to date; false is a miss, which includes flows that no longer count:
-/// expired ones; a SYN's or a datagram's flow whose backend left every set, or whose frontend is another service's by now;
+/// expired ones; a SYN's or a datagram's flow whose backend no longer serves, or whose frontend is another service's by now;
 /// a SYN's flow that is closing; and flows whose packets travel the other way, which a sender on the wrong side must not
 /// change.
 ///
@@ -123,7 +123,7 @@ fn counts<A: Family>(flow: &Flow<A>, packet: &Packet<A>, now: u32, config: &Conf
     }
     let tuple = &packet.key.tuple;
     let frontend = FrontendKey::new(tuple.destination, tuple.destination_port_be, packet.key.protocol);
-    flow.closing == 0 && versioned::in_a_set::<A>(flow.backend_id) && versioned::serves(&frontend, flow.service_id)
+    flow.closing == 0 && versioned::is_serving::<A>(flow.backend_id) && versioned::serves(&frontend, flow.service_id)
 }
 
 /// Writes what a packet changes in its flow. Most packets change nothing: `last_seen` moves once a second.

@@ -11,9 +11,6 @@ use sheave_common::frontend::{Frontend, FrontendKey};
 
 use crate::maps::{self, Family};
 
-/// New connections may reach a backend with one of these.
-const IN_SETS: u32 = flags::IN_CLUSTER_SET | flags::IN_LOCAL_SET;
-
 /// How often a read is tried before the packet is given up.
 const ATTEMPTS: u32 = 4;
 
@@ -62,14 +59,14 @@ pub fn serves<A: Family>(key: &FrontendKey<A>, service_id: u32) -> bool {
     })
 }
 
-/// Whether a backend is there and in a set: one that left every set stays for a moment, for packets in flight. What says
-/// otherwise is looked at again, since it may have been an element that was just recycled.
+/// Whether a backend is there and serves the flows that it has: one that left stays for a moment, for packets in flight. What
+/// says otherwise is looked at again, since it may have been an element that was just recycled.
 #[inline(always)]
-pub fn in_a_set<A: Family>(id: u32) -> bool {
+pub fn is_serving<A: Family>(id: u32) -> bool {
     (0..2).any(|_| {
         A::backend(id)
             // SAFETY: a map value stays readable memory while the program runs, and this is one aligned word.
-            .is_some_and(|element| unsafe { (&raw const (*element).flags).read_volatile() } & IN_SETS != 0)
+            .is_some_and(|element| unsafe { (&raw const (*element).flags).read_volatile() } & flags::SERVING != 0)
     })
 }
 

@@ -296,7 +296,7 @@ impl Programs {
     where
         Backend<A>: Pod,
     {
-        let mut flags = backend_flags::IN_CLUSTER_SET;
+        let mut flags = backend_flags::IN_CLUSTER_SET | backend_flags::SERVING;
         if local {
             flags |= backend_flags::LOCAL | backend_flags::IN_LOCAL_SET;
         }

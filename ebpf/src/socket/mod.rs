@@ -242,7 +242,7 @@ fn keep<F: Form>(call: &Call<'_, F>, key: &FrontendKey<F::Address>) -> bool {
     let Some(known) = F::Address::socket_backend(&call.key()) else { return false };
     // SAFETY: a map value stays readable while the program runs.
     let known = unsafe { maps::copy(known) };
-    F::Address::backend(known.backend_id).is_some()
+    versioned::is_serving::<F::Address>(known.backend_id)
         && versioned::serves(key, known.service_id)
         && point(call, &known) == ALLOW
 }

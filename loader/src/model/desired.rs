@@ -144,6 +144,8 @@ pub struct EndpointSets {
     pub cluster: Vec<Endpoint>,
     /// For policy Local. Filled whether or not a policy uses it.
     pub local: Vec<Endpoint>,
+    /// In neither, but still serving: what they have stays with them.
+    pub kept: Vec<Endpoint>,
 }
 
 /// One endpoint. Address and port identify it within a service port.

@@ -70,6 +70,13 @@ pub(super) fn choose<'a>(
         local = all().filter(|c| c.local && c.is_last_resort()).collect();
     }
 
-    let endpoints = |chosen: Vec<&Candidate<'_>>| chosen.into_iter().map(Candidate::to_endpoint).collect();
-    EndpointSets { cluster: endpoints(cluster), local: endpoints(local) }
+    let endpoints =
+        |chosen: Vec<&Candidate<'_>>| -> Vec<Endpoint> { chosen.into_iter().map(Candidate::to_endpoint).collect() };
+    let (cluster, local) = (endpoints(cluster), endpoints(local));
+    let serving = all().filter(|c| c.endpoint.serving).map(Candidate::to_endpoint);
+    // Sets are sorted.
+    let in_none =
+        |endpoint: &Endpoint| cluster.binary_search(endpoint).is_err() && local.binary_search(endpoint).is_err();
+    let kept = serving.filter(in_none).collect();
+    EndpointSets { cluster, local, kept }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-use sheave_common::backend::flags::{IN_CLUSTER_SET, IN_LOCAL_SET, LOCAL, TERMINATING};
+use sheave_common::backend::flags::{IN_CLUSTER_SET, IN_LOCAL_SET, LOCAL, SERVING, TERMINATING};
 use sheave_common::frontend::{BackendSet, flags};
 use sheave_common::service_name::TEXT_LENGTH;
 
@@ -15,8 +15,8 @@ use super::spread;
 use super::write::{Backend, Batch, Frontend, FrontendAddress, Operation, Owner, Write};
 use crate::model::desired::{Algorithm, Endpoint, EndpointSets, ServicePort, ServicePortName};
 
-/// New connections may reach a backend with one of these.
-const IN_SETS: u32 = IN_CLUSTER_SET | IN_LOCAL_SET;
+/// Packets may reach a backend with one of these.
+const IN_USE: u32 = IN_CLUSTER_SET | IN_LOCAL_SET | SERVING;
 
 /// Why a service port can't be put into the kernel.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -224,7 +224,8 @@ impl Planner {
         let owned = |write| Operation { owner: Owner::Service(name.clone()), write };
         let mut wanted = BTreeMap::new();
         for sets in [&desired.endpoints4, &desired.endpoints6] {
-            for (set, flag) in [(&sets.cluster, IN_CLUSTER_SET), (&sets.local, IN_LOCAL_SET)] {
+            let of = [(&sets.cluster, IN_CLUSTER_SET), (&sets.local, IN_LOCAL_SET), (&sets.kept, 0)];
+            for (set, flag) in of {
                 for endpoint in set {
                     wanted.entry(socket(endpoint)).or_insert_with(|| backend(service_id, endpoint)).flags |= flag;
                 }
@@ -266,8 +267,8 @@ impl Planner {
         let unwanted: Vec<u32> = unwanted.map(|(_, id)| id).collect();
         for id in &unwanted {
             // It stays for packets in flight, but what a client or a datagram's flow remembers is no way to it any more.
-            if let Some(backend) = self.actual.backends.get(id).filter(|backend| backend.flags & IN_SETS != 0) {
-                let backend = Backend { flags: backend.flags & !IN_SETS, ..*backend };
+            if let Some(backend) = self.actual.backends.get(id).filter(|backend| backend.flags & IN_USE != 0) {
+                let backend = Backend { flags: backend.flags & !IN_USE, ..*backend };
                 draft.leaving.push(owned(Write::PutBackend { id: *id, backend }));
             }
         }
@@ -413,6 +414,6 @@ fn backend(service_id: u32, endpoint: &Endpoint) -> Backend {
         address: endpoint.address,
         port: endpoint.port,
         weight: endpoint.weight,
-        flags: flag(endpoint.local, LOCAL) | flag(endpoint.terminating, TERMINATING),
+        flags: SERVING | flag(endpoint.local, LOCAL) | flag(endpoint.terminating, TERMINATING),
     }
 }

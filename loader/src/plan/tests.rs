@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use sheave_common::backend::flags::IN_CLUSTER_SET;
+use sheave_common::backend::flags::{IN_CLUSTER_SET, SERVING};
 use sheave_common::frontend::BackendSet;
 use sheave_common::frontend::flags::{
     CLUSTER_IP, EXTERNAL_IP, HAS_ENDPOINT, LOAD_BALANCER, NODE_PORT, SERVICE_ADDRESS, SOURCE_RANGES, WHOLE_ADDRESS,
@@ -210,7 +210,7 @@ fn service(random: &mut Random) -> ServicePort {
         let local = if random.below(2) == 0 { cluster.clone() } else { set(random, ipv6) };
         let terminating = random.below(4) == 0;
         let flag = |set: Vec<Endpoint>| set.into_iter().map(|e| Endpoint { terminating, ..e }).collect();
-        let sets = EndpointSets { cluster: flag(cluster), local: flag(local) };
+        let sets = EndpointSets { cluster: flag(cluster), local: flag(local), kept: Vec::new() };
         for _ in 0..random.below(3) {
             let host = random.below(4) as u16;
             let address = match ipv6 {
@@ -383,7 +383,7 @@ fn one_frontend(port: u16, backends: &[u8]) -> ServicePort {
     let cluster: Vec<_> = backends.iter().map(endpoint).collect();
     ServicePort {
         frontends: BTreeMap::from([(SocketAddr::from(([192, 0, 2, 1], port)), NODE_PORT)]),
-        endpoints4: EndpointSets { cluster, local: Vec::new() },
+        endpoints4: EndpointSets { cluster, ..EndpointSets::default() },
         ..ServicePort::default()
     }
 }
@@ -454,11 +454,11 @@ fn an_endpoint_that_leaves_is_in_no_set_as_soon_as_the_frontends_say_so() {
         let backend = maps.backends.values().find(|backend| backend.address.to_string() == "10.1.0.2").copied();
         (last, backend.expect("it is there until a grace period is over").flags)
     };
-    assert_eq!(plan(&[1, 2]).1, IN_CLUSTER_SET);
+    assert_eq!(plan(&[1, 2]).1, IN_CLUSTER_SET | SERVING);
     let (last, flags) = plan(&[1]);
     assert_eq!(flags, 0);
     assert!(matches!(last, Some(Write::PutBackend { .. })), "after the frontend: {last:?}");
-    assert_eq!(plan(&[1, 2]).1, IN_CLUSTER_SET);
+    assert_eq!(plan(&[1, 2]).1, IN_CLUSTER_SET | SERVING);
 }
 
 #[test]

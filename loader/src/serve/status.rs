@@ -249,8 +249,8 @@ mod tests {
             let address = "10.1.0.1".parse().unwrap();
             Endpoint { address, port: 80, local, terminating: false, weight: 1 }
         };
-        let elsewhere = EndpointSets { cluster: vec![endpoint(false)], local: Vec::new() };
-        let here = EndpointSets { cluster: vec![endpoint(true)], local: vec![endpoint(true)] };
+        let elsewhere = EndpointSets { cluster: vec![endpoint(false)], ..EndpointSets::default() };
+        let here = EndpointSets { cluster: vec![endpoint(true)], local: vec![endpoint(true)], kept: Vec::new() };
         let internal = flags::CLUSTER_IP | flags::INTERNAL_LOCAL | flags::EXTERNAL_LOCAL;
         let external = flags::NODE_PORT | flags::EXTERNAL_LOCAL;
         for (frontend, bits, sets, expected) in [

@@ -31,9 +31,8 @@ pub(super) struct Flow {
 pub(super) enum Expected {
     /// This.
     Exactly(Answer),
-    /// It goes on to that endpoint as before (the source address may be either), or to another one, if the second part
-    /// is there.
-    Stays { endpoint: SocketAddr, sources: Vec<Source>, or: Option<Answer> },
+    /// It goes on to that endpoint as before (the source address may be either).
+    Stays { endpoint: SocketAddr, sources: Vec<Source> },
 }
 
 impl Memory {
@@ -65,9 +64,7 @@ impl Memory {
         if let Answer::Translated(choices) = &first {
             sources.extend(choices.get(endpoint));
         }
-        // An endpoint that new connections can't reach may finish what it has; the rules don't say that it must.
-        let or = (!oracle.is_usable(service_port, *endpoint)).then_some(first);
-        Expected::Stays { endpoint: *endpoint, sources, or }
+        Expected::Stays { endpoint: *endpoint, sources }
     }
 
     /// A connection began.

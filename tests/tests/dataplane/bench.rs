@@ -148,7 +148,7 @@ pub(crate) fn service(host: u8, backends: &[u8]) -> ServicePort {
     let local = cluster.iter().filter(|endpoint| endpoint.local).copied().collect();
     ServicePort {
         frontends: BTreeMap::from([(SocketAddr::from(([10, 96, 0, host], 80)), CLUSTER_IP)]),
-        endpoints4: EndpointSets { cluster, local },
+        endpoints4: EndpointSets { cluster, local, kept: Vec::new() },
         ..ServicePort::default()
     }
 }

@@ -50,7 +50,7 @@ impl Writer {
                 address: Ipv4Address::from(Ipv4Addr::new(10, service as u8, tag, n as u8 + 1)),
                 port_be: port(service, tag).to_be(),
                 weight: 1,
-                flags: backend_flags::IN_CLUSTER_SET,
+                flags: backend_flags::IN_CLUSTER_SET | backend_flags::SERVING,
                 reserved: Ipv4Address::FILL,
             };
             self.backends.insert(base + n, backend, 0).unwrap();

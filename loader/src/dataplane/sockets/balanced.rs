@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use aya::Pod;
-use sheave_common::backend::Backend;
+use sheave_common::backend::{Backend, flags::SERVING};
 use sheave_common::frontend::{Frontend, FrontendKey};
 use sheave_common::socket::{SocketKey, SocketPeer};
 use sheave_common::{Address, Ipv4Address, Ipv6Address, PROTOCOL_UDP, names};
@@ -102,7 +102,8 @@ where
 
     fn is_stale(&self, key: &SocketKey<A>) -> Result<bool, MapError> {
         let Some(peer) = self.known.get(key) else { return Ok(false) };
-        if self.backends.get(&peer.backend_id)?.is_none() {
+        let backend = steady(|| self.backends.get(&peer.backend_id))?;
+        if backend.is_none_or(|backend| backend.flags & SERVING == 0) {
             return Ok(true);
         }
         let frontend = FrontendKey::new(peer.address, peer.port_be, PROTOCOL_UDP);
