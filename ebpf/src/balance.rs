@@ -147,16 +147,19 @@ fn candidate<A: Family>(
     needed: u32,
     choice: &mut MaybeUninit<Choice<A>>,
 ) -> Result<bool, DropReason> {
-    let Some(backend) = versioned::backend::<A>(id)? else { return Ok(false) };
-    if backend.service_id != service_id || backend.flags & needed != needed {
+    let choice = choice.as_mut_ptr();
+    // SAFETY: the place is a choice's. Its backend is read only after it was filled.
+    let backend = unsafe { &raw mut (*choice).backend };
+    if !versioned::backend(id, backend)? {
         return Ok(false);
     }
-    let choice = choice.as_mut_ptr();
-    // SAFETY: the place is a choice's, and both fields are written.
-    unsafe {
-        (&raw mut (*choice).id).write(id);
-        maps::copy_words(&raw const backend, &raw mut (*choice).backend);
+    // SAFETY: as above.
+    let (owner, flags) = unsafe { ((*backend).service_id, (*backend).flags) };
+    if owner != service_id || flags & needed != needed {
+        return Ok(false);
     }
+    // SAFETY: as above.
+    unsafe { (&raw mut (*choice).id).write(id) };
     Ok(true)
 }
 

@@ -5,6 +5,8 @@
 //! word by word. The version at a value's start is unique over all writes, so equality means that it is the same write:
 //! a copy that mixes two writes, or that is another key's, can't be equal to what the second lookup finds.
 
+use core::mem::MaybeUninit;
+
 use sheave_common::DropReason;
 use sheave_common::backend::{Backend, flags};
 use sheave_common::frontend::{Frontend, FrontendKey};
@@ -17,13 +19,22 @@ const ATTEMPTS: u32 = 4;
 /// Copies an element's value; `Ok(None)` if the key is absent.
 #[inline(always)]
 fn read<V: Copy>(lookup: impl Fn() -> Option<*const V>) -> Result<Option<V>, DropReason> {
+    let mut value = MaybeUninit::uninit();
+    let found = read_into(lookup, value.as_mut_ptr())?;
+    // SAFETY: it is filled if it was found.
+    Ok(if found { Some(unsafe { value.assume_init() }) } else { None })
+}
+
+/// Copies an element's value to `place`; false if the key is absent.
+#[inline(always)]
+fn read_into<V: Copy>(lookup: impl Fn() -> Option<*const V>, place: *mut V) -> Result<bool, DropReason> {
     for _ in 0..ATTEMPTS {
-        let Some(first) = lookup() else { return Ok(None) };
-        // SAFETY: a map value stays readable memory while the program runs, whatever it is reused for.
-        let copy = unsafe { maps::copy(first) };
+        let Some(first) = lookup() else { return Ok(false) };
+        // A map value stays readable memory while the program runs, whatever it is reused for.
+        maps::copy_words(first, place);
         let Some(second) = lookup() else { continue };
-        if same(&raw const copy, second) {
-            return Ok(Some(copy));
+        if same(place, second) {
+            return Ok(true);
         }
     }
     Err(DropReason::Contended)
@@ -70,8 +81,8 @@ pub fn is_serving<A: Family>(id: u32) -> bool {
     })
 }
 
-/// A backend, whole.
+/// Reads a backend into `place`, whole; false if there is none.
 #[inline(always)]
-pub fn backend<A: Family>(id: u32) -> Result<Option<Backend<A>>, DropReason> {
-    read(|| A::backend(id))
+pub fn backend<A: Family>(id: u32, place: *mut Backend<A>) -> Result<bool, DropReason> {
+    read_into(|| A::backend(id), place)
 }
