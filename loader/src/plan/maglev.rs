@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 /// Sizes of tables: (backends that it is for, elements). A hundred elements for each backend keep shares even, and a size
 /// that stays while backends come and go keeps clients where they are: only the step from one row to another moves them
 /// all. Sizes are primes, so that every skip visits every element.
-const SIZES: [(usize, usize); 4] = [(1, 1), (10, 1_021), (100, 10_007), (usize::MAX, 100_003)];
+const SIZES: [(usize, usize); 4] = [(1, 1), (10, 1_249), (100, 10_007), (usize::MAX, 100_003)];
 
 /// Positions in a table by preference: `offset`, `offset + skip`, … modulo its size.
 struct Permutation {
