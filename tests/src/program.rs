@@ -142,16 +142,7 @@ impl Programs {
         // Every feature that this repository's kernels have; the loader of `sheave run` finds them out.
         static ALL: u32 = features::FIB_SOURCE | features::SET_RETVAL | features::COARSE_CLOCK;
         loader.override_global("FEATURES", &ALL, true);
-        let mut bpf = loader.load(sheave::EBPF_OBJECT).context("loading the BPF object")?;
-        for (name, program) in bpf.programs_mut() {
-            match program {
-                aya::programs::Program::SchedClassifier(program) => program.load(),
-                aya::programs::Program::Xdp(program) => program.load(),
-                aya::programs::Program::CgroupSockAddr(program) => program.load(),
-                _ => return Err(anyhow!("unexpected program type of {name}")),
-            }
-            .with_context(|| format!("loading {name}"))?;
-        }
+        let bpf = loader.load(sheave::EBPF_OBJECT).context("loading the BPF object")?;
         Ok(Self { bpf, version: 1, next_backend: 1, table_used: 0 })
     }
 
@@ -360,7 +351,7 @@ impl Programs {
             cluster: BackendSet::default(),
             local: BackendSet::default(),
             affinity_seconds: 0,
-            reserved: 0,
+            algorithm: 0,
         };
         match address {
             IpAddr::V4(address) => {
@@ -397,8 +388,13 @@ impl Programs {
 
     /// Runs a tc program again and again on what it has made of the packet; the outcome is the last run's.
     pub fn tc_repeated(&mut self, program: &str, packet: &[u8], context: SkbContext, repeat: u32) -> Result<Outcome> {
+        let name = program;
         let program: &mut SchedClassifier =
-            self.bpf.program_mut(program).with_context(|| format!("no program {program}"))?.try_into()?;
+            self.bpf.program_mut(name).with_context(|| format!("no program {name}"))?.try_into()?;
+        // At its first run: the kernel's verifier takes its time over each.
+        if program.fd().is_err() {
+            program.load().with_context(|| format!("loading {name}"))?;
+        }
         let mut skb = [0_u8; SK_BUFF];
         for (offset, value) in [
             (SK_BUFF_IFINDEX, context.ifindex),
@@ -428,6 +424,9 @@ impl Programs {
     /// Runs the XDP program again and again on what it has made of the frame; the outcome is the last run's.
     pub fn xdp_repeated(&mut self, packet: &[u8], ifindex: u32, repeat: u32) -> Result<Outcome> {
         let program: &mut Xdp = self.bpf.program_mut("uplink_xdp").context("no program uplink_xdp")?.try_into()?;
+        if program.fd().is_err() {
+            program.load().context("loading uplink_xdp")?;
+        }
         // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
         let mut context = [0_u8; 24];
         context[4..8].copy_from_slice(&u32::try_from(packet.len())?.to_ne_bytes());
