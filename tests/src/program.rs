@@ -14,10 +14,10 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, PerCpuArray};
 use aya::programs::{SchedClassifier, TestRun as _, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod, TestRunOptions};
+use sheave::dataplane::Features;
 use sheave_common::backend::{Backend, flags as backend_flags};
 use sheave_common::config::{Config, Timeouts, flags as config_flags};
 use sheave_common::counter::ServiceCounter;
-use sheave_common::features;
 use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::frontend::{BackendSet, Frontend, FrontendKey, flags as frontend_flags};
 use sheave_common::prefix::SourceRange;
@@ -36,7 +36,8 @@ pub const XDP_PASS: i32 = 2;
 /// XDP: out of the interface that the frame came in by.
 pub const XDP_TX: i32 = 3;
 
-/// The loaded object.
+/// The loaded object. Each program is loaded when it is run first: verifying all of them takes a second, and half a minute on
+/// an emulated processor.
 pub struct Programs {
     bpf: Ebpf,
     version: u64,
@@ -138,12 +139,27 @@ impl Programs {
         Self::load_by(loader)
     }
 
-    fn load_by(mut loader: EbpfLoader<'_>) -> Result<Self> {
-        // Every feature that this repository's kernels have; the loader of `sheave run` finds them out.
-        static ALL: u32 = features::FIB_SOURCE | features::SET_RETVAL | features::COARSE_CLOCK;
-        loader.override_global("FEATURES", &ALL, true);
+    fn load_by(loader: EbpfLoader<'_>) -> Result<Self> {
+        let features = Features::detect().bits();
+        // A loader that may borrow what is this function's own.
+        let mut loader = loader;
+        loader.override_global("FEATURES", &features, true);
         let bpf = loader.load(sheave::EBPF_OBJECT).context("loading the BPF object")?;
         Ok(Self { bpf, version: 1, next_backend: 1, table_used: 0 })
+    }
+
+    /// Loads every program, also those that nothing runs.
+    pub fn load_all(&mut self) -> Result<()> {
+        for (name, program) in self.bpf.programs_mut() {
+            match program {
+                aya::programs::Program::SchedClassifier(program) => program.load(),
+                aya::programs::Program::Xdp(program) => program.load(),
+                aya::programs::Program::CgroupSockAddr(program) => program.load(),
+                _ => return Err(anyhow!("unexpected program type of {name}")),
+            }
+            .with_context(|| format!("loading {name}"))?;
+        }
+        Ok(())
     }
 
     fn array<V: Pod>(&mut self, name: &str) -> Result<Array<&mut aya::maps::MapData, V>> {

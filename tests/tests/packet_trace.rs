@@ -7,7 +7,8 @@ use sheave_tests::program::{Programs, Service, SkbContext};
 
 #[test]
 fn every_packet_leaves_a_line_with_its_verdict() {
-    let mut programs = Programs::load().expect("programs load, the logging included");
+    let mut programs = Programs::load().expect("the object loads");
+    programs.load_all().expect("programs load, the logging included");
     programs
         .service(&Service {
             id: 1,

@@ -1,4 +1,4 @@
-//! Development tasks: `cargo xtask setup | build | test | demo | bench`.
+//! Development tasks: `cargo xtask setup | build | test | vm | demo | bench`.
 //!
 //! Each task first sets up what it needs and says in plain words what it installs; on a machine where nothing is
 //! missing that takes no time.
@@ -9,6 +9,7 @@ mod demo;
 mod process;
 mod setup;
 mod test;
+mod vm;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -36,6 +37,9 @@ enum Task {
     },
     /// Build and run every test; those that need it run as root
     Test(test::Options),
+    /// Boot other kernels in virtual machines
+    #[command(subcommand)]
+    Vm(vm::Task),
     /// Show Services at work: two nodes and a client in network namespaces, real HTTP and DNS
     Demo,
     /// Measure what Sheave costs, side by side with what it is compared to; `--help` says how
@@ -67,6 +71,10 @@ fn run(task: &Task) -> Result<()> {
         Task::Test(options) => {
             setup::run(setup::Need::Everything)?;
             test::run(options)
+        }
+        Task::Vm(task) => {
+            setup::run(setup::Need::VirtualMachines)?;
+            vm::run(task)
         }
         Task::Demo => {
             setup::run(setup::Need::Everything)?;

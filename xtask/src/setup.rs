@@ -18,6 +18,8 @@ pub(crate) enum Need {
     Building,
     /// Also the tests and the demo.
     Everything,
+    /// Also other kernels.
+    VirtualMachines,
 }
 
 /// Programs that the tests and the demo call, the packages they are in (Debian, Fedora, Arch), and what for.
@@ -47,6 +49,16 @@ const TOOLS: &[Tool] = &[
     },
 ];
 
+/// Programs that only `cargo xtask vm` calls. busybox is the static one: it runs where there is no C library.
+const VIRTUAL_MACHINE_TOOLS: &[Tool] = &[
+    Tool {
+        program: "qemu-system-x86_64",
+        packages: ["qemu-system-x86", "qemu-system-x86-core", "qemu-system-x86"],
+        purpose: "runs other kernels in virtual machines",
+    },
+    Tool { program: "busybox", packages: ["busybox-static", "busybox", "busybox"], purpose: "is their first program" },
+];
+
 struct Tool {
     program: &'static str,
     packages: [&'static str; 3],
@@ -66,11 +78,12 @@ const BPFFS: &str = "/sys/fs/bpf";
 pub(crate) fn run(need: Need) -> Result<()> {
     let compiler = compiler();
     let linker = linker_runs();
-    let tools: Vec<&Tool> = if need == Need::Everything {
-        TOOLS.iter().filter(|tool| find(tool.program).is_none()).collect()
-    } else {
-        vec![]
+    let wanted = match need {
+        Need::Building => [[].as_slice(), &[]],
+        Need::Everything => [TOOLS, &[]],
+        Need::VirtualMachines => [TOOLS, VIRTUAL_MACHINE_TOOLS],
     };
+    let tools: Vec<&Tool> = wanted.into_iter().flatten().filter(|tool| find(tool.program).is_none()).collect();
 
     if compiler.is_none() || !linker || !tools.is_empty() {
         say("this machine lacks something; installing it:");
@@ -97,7 +110,7 @@ pub(crate) fn run(need: Need) -> Result<()> {
         install_tools(&tools, apt)?;
         say("everything that was missing is there now");
     }
-    if need == Need::Everything {
+    if need != Need::Building {
         mount_bpffs()?;
         check_cgroup2()?;
     }

@@ -2,6 +2,7 @@
 //!
 //! The crate `tests` drives the kernel and runs one test at a time; the others use all cores.
 
+use std::fmt;
 use std::io::{BufRead as _, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -25,16 +26,19 @@ pub(crate) struct Options {
     passed_on: Vec<String>,
 }
 
-struct TestProgram {
-    name: String,
-    path: PathBuf,
-    folder: PathBuf,
+/// A built test target.
+pub(crate) struct TestProgram {
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+    /// Of its package, where it is run.
+    pub(crate) folder: PathBuf,
     serial: bool,
 }
 
+/// Numbers of tests.
 #[derive(Default)]
-struct Summary {
-    passed: u64,
+pub(crate) struct Summary {
+    pub(crate) passed: u64,
     failed: u64,
     ignored: u64,
 }
@@ -64,7 +68,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         total.failed += summary.failed;
         total.ignored += summary.ignored;
     }
-    println!("\n{} passed, {} failed, {} skipped", total.passed, total.failed, total.ignored);
+    println!("\n{total}");
     if !broken.is_empty() {
         bail!("these test programs failed: {}", broken.join(", "));
     }
@@ -75,7 +79,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 }
 
 /// Builds the test programs that cargo's arguments choose, and says where each is.
-fn build(chosen: &[&str]) -> Result<Vec<TestProgram>> {
+pub(crate) fn build(chosen: &[&str]) -> Result<Vec<TestProgram>> {
     let arguments = [&["test", "--no-run", "--message-format", "json-render-diagnostics"], chosen].concat();
     let mut command = process::cargo(&arguments);
     let mut child = command.stdout(Stdio::piped()).spawn().context("cannot run cargo")?;
@@ -139,7 +143,7 @@ fn run_one(program: &TestProgram, options: &Options) -> Result<(Summary, bool)> 
 
 impl Summary {
     /// Adds up a line like `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
-    fn add(&mut self, line: &str) {
+    pub(crate) fn add(&mut self, line: &str) {
         let Some(result) = line.strip_prefix("test result: ") else { return };
         let words: Vec<&str> = result.split([' ', ';', '.']).filter(|word| !word.is_empty()).collect();
         for pair in words.windows(2) {
@@ -151,6 +155,12 @@ impl Summary {
                 _ => {}
             }
         }
+    }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.ignored)
     }
 }
 

@@ -57,7 +57,8 @@ impl Features {
     }
 
     /// The programs' read-only global `FEATURES`.
-    fn bits(self) -> u32 {
+    #[must_use]
+    pub fn bits(self) -> u32 {
         let bit = |set: bool, bit: u32| if set { bit } else { 0 };
         bit(self.fib_lookup_source, features::FIB_SOURCE)
             | bit(self.set_retval, features::SET_RETVAL)

@@ -1,0 +1,158 @@
+//! A virtual machine: started, watched, and stopped when it takes too long.
+
+use std::fmt;
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+
+use super::image;
+use super::kernels::Kernel;
+
+/// A kernel that the processor runs is up in a second or two.
+const PROBE_LIMIT: Duration = Duration::from_secs(15);
+/// What `init.sh` prints for a probe.
+const PROBE_ANSWER: &str = "sheave-vm: this accelerator works";
+
+/// How QEMU runs the machine.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Accelerator {
+    /// On the processor.
+    Kvm,
+    /// In software, ten to thirty times slower.
+    Emulation,
+}
+
+impl fmt::Display for Accelerator {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Kvm => "KVM",
+            Self::Emulation => "emulated",
+        })
+    }
+}
+
+/// A machine with one kernel.
+pub(super) struct Machine<'a> {
+    kernel: &'a Kernel,
+    /// Where its files go.
+    folder: PathBuf,
+}
+
+impl<'a> Machine<'a> {
+    pub(super) fn new(kernel: &'a Kernel, folder: &Path) -> Result<Self> {
+        let folder = folder.join("machine").join(&kernel.release);
+        fs::create_dir_all(&folder)?;
+        Ok(Self { kernel, folder })
+    }
+
+    /// Whether KVM runs this kernel. That the device is there says little: inside another virtual machine, it may hang.
+    pub(super) fn probe(&self) -> Accelerator {
+        if !Path::new("/dev/kvm").exists() {
+            return Accelerator::Emulation;
+        }
+        let mut answered = false;
+        let ran = self.boot(Accelerator::Kvm, "", "sheave.probe", PROBE_LIMIT, |line| {
+            answered |= line.contains(PROBE_ANSWER);
+        });
+        if ran.is_ok() && answered {
+            return Accelerator::Kvm;
+        }
+        println!("vm: /dev/kvm is there but does not run a kernel; emulating");
+        Accelerator::Emulation
+    }
+
+    /// Boots, runs a script as root, and shows what it prints, except for lines that `read` keeps. False if the script failed
+    /// or took too long.
+    pub(super) fn run(
+        &self,
+        accelerator: Accelerator,
+        script: &str,
+        limit: Duration,
+        mut read: impl FnMut(&str) -> bool + Send,
+    ) -> Result<bool> {
+        let finished = self.boot(accelerator, script, "", limit, |line| {
+            if !read(line) {
+                println!("{line}");
+            }
+        })?;
+        if !finished {
+            println!("vm: stopped after {} minutes", limit.as_secs() / 60);
+            return Ok(false);
+        }
+        let status = fs::read_to_string(self.status()).unwrap_or_default();
+        if status.trim().is_empty() {
+            println!("vm: it ended before its script did");
+        }
+        Ok(status.trim() == "0")
+    }
+
+    /// File behind the second serial port.
+    fn status(&self) -> PathBuf {
+        self.folder.join("status")
+    }
+
+    /// Starts QEMU and gives each line of the console to `read`. False if it had to be stopped.
+    fn boot(
+        &self,
+        accelerator: Accelerator,
+        script: &str,
+        parameters: &str,
+        limit: Duration,
+        mut read: impl FnMut(&str) + Send,
+    ) -> Result<bool> {
+        let archive = image::make(self.kernel, script, &self.folder)?;
+        fs::write(self.status(), "")?;
+        let mut qemu = self.command(accelerator, &archive, parameters);
+        let mut child = qemu.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("cannot run QEMU")?;
+        let console = BufReader::new(child.stdout.take().context("QEMU's output was not piped")?);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                for line in console.split(b'\n').map_while(Result::ok) {
+                    read(String::from_utf8_lossy(&line).trim_end_matches('\r'));
+                }
+            });
+            let started = Instant::now();
+            loop {
+                if child.try_wait()?.is_some() {
+                    return Ok(true);
+                }
+                if started.elapsed() > limit {
+                    child.kill()?;
+                    child.wait()?;
+                    return Ok(false);
+                }
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        })
+    }
+
+    fn command(&self, accelerator: Accelerator, archive: &Path, parameters: &str) -> Command {
+        let share = |id: &str, path: &Path| {
+            let path = path.display().to_string().replace(',', ",,");
+            [
+                "-fsdev".to_owned(),
+                format!("local,id={id},path={path},security_model=none,readonly=on,multidevs=remap"),
+                "-device".to_owned(),
+                format!("virtio-9p-pci,fsdev={id},mount_tag={id}"),
+            ]
+        };
+        let mut qemu = Command::new("qemu-system-x86_64");
+        match accelerator {
+            Accelerator::Kvm => qemu.args(["-accel", "kvm", "-cpu", "host"]),
+            Accelerator::Emulation => qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max"]),
+        };
+        qemu.args(["-smp", "2", "-m", "3G", "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"]);
+        qemu.arg("-serial").arg(format!("file:{}", self.status().display()));
+        qemu.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(archive);
+        // The emulated processor pays for mitigations of faults that it does not have.
+        qemu.arg("-append").arg(format!("console=ttyS0 quiet panic=-1 mitigations=off {parameters}"));
+        qemu.args(share("host", Path::new("/")));
+        // The modules' parent, where modprobe looks for the release's folder.
+        qemu.args(share("modules", self.kernel.modules.parent().unwrap_or(&self.kernel.modules)));
+        qemu
+    }
+}
