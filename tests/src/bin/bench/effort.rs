@@ -1,5 +1,7 @@
 //! How much is measured.
 
+use std::time::Duration;
+
 /// Sizes of a run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Effort {
@@ -11,15 +13,53 @@ pub(crate) struct Effort {
     pub(crate) runs: u32,
     /// Most flows that packets rotate over.
     pub(crate) flows: u32,
+    /// Rounds of real traffic.
+    pub(crate) path_rounds: u32,
+    /// How long one sample of real traffic lasts.
+    pub(crate) traffic: Duration,
+    /// Bytes of one sample of bulk data.
+    pub(crate) bulk: u64,
+    /// Numbers of services.
+    pub(crate) services: &'static [u32],
+    /// Full syncs and restarts.
+    pub(crate) syncs: u32,
+    /// Changes of each kind, one by one.
+    pub(crate) changes: u32,
+    /// Seconds of churn.
+    pub(crate) churn: u32,
 }
 
 impl Effort {
     /// Of a quick run, or of a full one.
     pub(crate) fn new(quick: bool) -> Self {
         if quick {
-            Self { quick, rounds: 10, runs: 10_000, flows: 1 << 16 }
+            Self {
+                quick,
+                rounds: 10,
+                runs: 10_000,
+                flows: 1 << 16,
+                path_rounds: 5,
+                traffic: Duration::from_millis(250),
+                bulk: 300_000_000,
+                services: &[1_000],
+                syncs: 5,
+                changes: 200,
+                churn: 3,
+            }
         } else {
-            Self { quick, rounds: 40, runs: 50_000, flows: 1 << 20 }
+            Self {
+                quick,
+                rounds: 40,
+                runs: 50_000,
+                flows: 1 << 20,
+                path_rounds: 15,
+                traffic: Duration::from_secs(1),
+                bulk: 4_000_000_000,
+                services: &[1, 100, 1_000, 10_000, 50_000],
+                syncs: 15,
+                changes: 1_000,
+                churn: 30,
+            }
         }
     }
 }

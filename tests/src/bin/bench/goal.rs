@@ -4,6 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::statistics::Estimate;
 
+/// Fewer samples than that say nothing about their noise.
+const FEWEST: usize = 5;
+
 /// A bound.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -22,7 +25,7 @@ pub(crate) enum Verdict {
     Met,
     /// The whole interval is on the wrong side.
     Missed,
-    /// The bound lies inside the interval: the noise is too loud to tell.
+    /// The bound lies inside the interval, or there are too few samples: the noise is too loud to tell.
     Open,
 }
 
@@ -47,8 +50,13 @@ impl Goal {
     /// Of samples that the bound is for: ratios of pairs, mostly. `None` if there are none.
     pub(crate) fn new(measure: &str, case: &str, sentence: &str, reach: Reach, samples: &[f64]) -> Option<Self> {
         let found = Estimate::of(samples)?;
-        let verdict = reach.verdict(&found);
+        let verdict = if samples.len() < FEWEST { Verdict::Open } else { reach.verdict(&found) };
         Some(Self { measure: measure.into(), case: case.into(), sentence: sentence.into(), reach, found, verdict })
+    }
+
+    /// The same of something that is counted, and has no noise.
+    pub(crate) fn counted(measure: &str, case: &str, sentence: &str, reach: Reach, count: f64) -> Option<Self> {
+        Self::new(measure, case, sentence, reach, &[count; FEWEST])
     }
 
     /// By how much: what was found in parts of the bound, or the value itself where the bound is 0.
@@ -88,6 +96,7 @@ mod tests {
         assert_eq!(verdict(Reach::AtMost(100.0), &[130.0; 10]), Verdict::Missed);
         let wide: Vec<f64> = (0..20).map(f64::from).collect();
         assert_eq!(verdict(Reach::AtMost(9.5), &wide), Verdict::Open);
-        assert_eq!(verdict(Reach::AtMost(0.0), &[0.0; 3]), Verdict::Met);
+        assert_eq!(verdict(Reach::AtMost(0.0), &[0.0; 5]), Verdict::Met);
+        assert_eq!(verdict(Reach::AtMost(1.0), &[0.5; 4]), Verdict::Open, "too few");
     }
 }

@@ -1,11 +1,13 @@
 //! `cargo xtask bench`: what Sheave costs, measured side by side with what it is compared to. Everything is checked before
 //! it is timed: nothing fast but wrong gets a figure.
 
+mod controller;
 mod effort;
 mod findings;
 mod goal;
 mod html;
 mod machine;
+mod path;
 mod program;
 mod progress;
 mod statistics;
@@ -17,7 +19,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use clap::Parser;
+use clap::{Parser, Subcommand};
 
 use effort::Effort;
 use findings::Findings;
@@ -27,6 +29,8 @@ use progress::Progress;
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask bench")]
 struct Arguments {
+    #[command(subcommand)]
+    part: Option<Part>,
     /// Fewer and shorter samples: over in three minutes
     #[arg(long)]
     quick: bool,
@@ -50,6 +54,14 @@ struct Arguments {
     against: Option<PathBuf>,
 }
 
+/// What the measuring process starts itself.
+#[derive(Debug, Subcommand)]
+enum Part {
+    /// A client
+    #[command(hide = true)]
+    Traffic(path::traffic::Arguments),
+}
+
 /// One thing to measure.
 struct Measure {
     name: &'static str,
@@ -62,6 +74,11 @@ struct Measure {
 const MEASURES: &[Measure] = &[
     Measure { name: "program-hot", seconds: [15, 150], run: program::hot },
     Measure { name: "program-rotating", seconds: [10, 180], run: program::rotating },
+    Measure { name: "ways", seconds: [60, 600], run: path::ways },
+    Measure { name: "services", seconds: [30, 600], run: path::against_services },
+    Measure { name: "sync", seconds: [25, 90], run: controller::sync },
+    Measure { name: "changes", seconds: [15, 60], run: controller::changes },
+    Measure { name: "memory", seconds: [5, 5], run: controller::memory },
 ];
 
 fn main() -> ExitCode {
@@ -75,8 +92,12 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
+    if let Some(Part::Traffic(arguments)) = &arguments.part {
+        return path::traffic::run(arguments);
+    }
     let mut effort = Effort::new(arguments.quick);
     effort.rounds = arguments.rounds.unwrap_or(effort.rounds);
+    effort.path_rounds = arguments.rounds.unwrap_or(effort.path_rounds);
     let only = arguments.only.as_deref().unwrap_or_default();
     let measures: Vec<&Measure> = MEASURES.iter().filter(|measure| measure.name.contains(only)).collect();
     ensure!(!measures.is_empty(), "no measure's name contains {only:?}");

@@ -1,0 +1,188 @@
+//! Real traffic between pods, on each way there is to a backend.
+
+mod server;
+mod services;
+pub(crate) mod traffic;
+mod variant;
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use hdrhistogram::Histogram;
+
+use crate::effort::Effort;
+use crate::findings::{Better, Findings};
+use crate::goal::{Goal, Reach};
+use crate::progress::Progress;
+use crate::statistics::ratios;
+pub(crate) use services::address;
+use traffic::{Kind, Sample};
+use variant::{Variant, Way};
+
+/// Percentiles of a distribution's plot.
+const PERCENTILES: [f64; 8] = [0.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99];
+
+/// Samples of one series, such as connections through nftables.
+#[derive(Default)]
+struct Series {
+    rates: Vec<f64>,
+    median: Vec<f64>,
+    slow: Vec<f64>,
+    all: Option<Histogram<u64>>,
+}
+
+impl Series {
+    fn add(&mut self, sample: &Sample) -> Result<()> {
+        #[expect(clippy::cast_precision_loss, reason = "events of some seconds")]
+        self.rates.push(sample.events as f64 / sample.seconds);
+        if sample.latencies.is_empty() {
+            return Ok(());
+        }
+        let mut histogram = Histogram::<u64>::new(3)?;
+        for (nanoseconds, count) in &sample.latencies {
+            histogram.record_n(*nanoseconds, *count)?;
+        }
+        self.median.push(microseconds(histogram.value_at_percentile(50.0)));
+        self.slow.push(microseconds(histogram.value_at_percentile(99.0)));
+        match &mut self.all {
+            Some(all) => all.add(&histogram)?,
+            None => self.all = Some(histogram),
+        }
+        Ok(())
+    }
+
+    /// Adds rate, percentiles and distribution as figures.
+    fn report(self, measure: &str, name: &str, findings: &mut Findings) {
+        findings.add(format!("{measure}/{name}"), "1/s", Better::Higher, self.rates);
+        findings.add(format!("{measure} p50/{name}"), "µs", Better::Lower, self.median);
+        findings.add(format!("{measure} p99/{name}"), "µs", Better::Lower, self.slow);
+        let Some(all) = self.all else { return };
+        if let Some(figure) = findings.figures.get_mut(&format!("{measure} p50/{name}")) {
+            let at = |percentile: f64| (percentile, microseconds(all.value_at_percentile(percentile)));
+            figure.distribution = PERCENTILES.map(at).to_vec();
+        }
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "nanoseconds of one event")]
+fn microseconds(nanoseconds: u64) -> f64 {
+    nanoseconds as f64 / 1_000.0
+}
+
+/// All of them, beginning with another one each round: nobody is always the first.
+fn turned<T>(all: &[T], round: u32) -> impl Iterator<Item = &T> {
+    all.iter().cycle().skip(round as usize % all.len().max(1)).take(all.len())
+}
+
+/// Bulk, requests, connections and datagrams through one service.
+pub(crate) fn ways(effort: &Effort, findings: &mut Findings, progress: &Progress) -> Result<()> {
+    let ways = [Way::Direct, Way::DirectTracked, Way::Iptables, Way::Nftables, Way::SheaveTc, Way::SheaveConnect];
+    let mut variants = Vec::new();
+    for way in ways {
+        progress.step(&format!("builds {}", way.name()));
+        variants.push(Variant::start(way, 1)?);
+    }
+    let kinds = [("requests", Kind::Requests), ("connections", Kind::Connections), ("datagrams", Kind::Datagrams)];
+    let mut series: BTreeMap<(&str, &str), Series> = BTreeMap::new();
+    // The first round warms neighbours and caches, and shows that everything answers.
+    for round in 0..=effort.path_rounds {
+        for (measure, kind) in kinds {
+            progress.step(&format!("{measure}, round {round} of {}", effort.path_rounds));
+            for variant in turned(&variants, round) {
+                let sample = variant.ask(kind, 0, None, effort.traffic)?;
+                if round > 0 {
+                    series.entry((measure, variant.way.name())).or_default().add(&sample)?;
+                }
+            }
+        }
+        progress.step(&format!("throughput, round {round} of {}", effort.path_rounds));
+        for variant in turned(&variants, round) {
+            let rate = variant.bulk(effort.bulk)? / 1e9;
+            if round > 0 {
+                series.entry(("throughput", variant.way.name())).or_default().rates.push(rate);
+            }
+        }
+    }
+    goals(&series, findings);
+    for ((measure, way), series) in series {
+        if measure == "throughput" {
+            findings.add(format!("throughput/{way}"), "Gbit/s", Better::Higher, series.rates);
+        } else {
+            series.report(measure, way, findings);
+        }
+    }
+    Ok(())
+}
+
+fn goals(series: &BTreeMap<(&str, &str), Series>, findings: &mut Findings) {
+    let rates = |measure, way: Way| {
+        series.get(&(measure, way.name())).map(|series| series.rates.as_slice()).unwrap_or_default()
+    };
+    let (tc, connect) = (Way::SheaveTc, Way::SheaveConnect);
+    for (row, measure, way, other, bound) in [
+        ("TCP throughput", "throughput", tc, Way::Direct, 0.97),
+        ("TCP throughput", "throughput", connect, Way::Direct, 0.995),
+        ("request/response", "requests", tc, Way::Direct, 0.97),
+        ("request/response", "requests", connect, Way::Direct, 0.97),
+        ("new connections", "connections", tc, Way::Nftables, 1.5),
+        ("small UDP packets", "datagrams", tc, Way::Direct, 0.95),
+        ("small UDP packets", "datagrams", connect, Way::Direct, 0.95),
+    ] {
+        let found = ratios(rates(measure, way), rates(measure, other));
+        let sentence = format!("≥ {bound} × {}", other.name());
+        findings.reach(Goal::new(row, way.name(), &sentence, Reach::AtLeast(bound), &found));
+    }
+}
+
+/// New connections against the number of services.
+pub(crate) fn against_services(effort: &Effort, findings: &mut Findings, progress: &Progress) -> Result<()> {
+    let one = Variant::start(Way::SheaveTc, 1)?;
+    for count in effort.services {
+        progress.step(&format!("builds {count} services"));
+        let mut variants = vec![Variant::start(Way::SheaveTc, *count)?];
+        // Beyond that their rules take minutes to load.
+        if *count <= 10_000 {
+            variants.push(Variant::start(Way::Nftables, *count)?);
+            variants.push(Variant::start(Way::Iptables, *count)?);
+        }
+        let mut cases = vec![("one service".to_owned(), &one, 0, None)];
+        for variant in &variants {
+            let name = variant.way.name();
+            let places = [("first", 0), ("middle", count / 2), ("last", count - 1)];
+            for (place, service) in places {
+                // Only a list knows places.
+                if variant.way == Way::Iptables || place == "middle" {
+                    cases.push((format!("{name}, {place}"), variant, service, None));
+                }
+            }
+            cases.push((format!("{name}, random"), variant, 0, Some(*count)));
+        }
+        let mut series: BTreeMap<&str, Series> = BTreeMap::new();
+        for round in 0..=effort.path_rounds {
+            progress.step(&format!("{count} services, round {round} of {}", effort.path_rounds));
+            for (name, variant, service, spread) in turned(&cases, round) {
+                let sample = variant.ask(Kind::Connections, *service, *spread, effort.traffic)?;
+                if round > 0 {
+                    series.entry(name).or_default().add(&sample)?;
+                }
+            }
+        }
+        let rates = |name: &str| series.get(name).map(|series| series.rates.as_slice()).unwrap_or_default();
+        let row = "cost against number of services";
+        let case = |what: &str| format!("{what} of {count}");
+        let hot = ratios(rates("one service"), rates("sheave tc, middle"));
+        findings.reach(Goal::new(row, &case("one hot service"), "≤ 1.05 × one service", Reach::AtMost(1.05), &hot));
+        let random = ratios(rates("one service"), rates("sheave tc, random"));
+        findings.reach(Goal::new(row, &case("random services"), "≤ 1.5 × one service", Reach::AtMost(1.5), &random));
+        let nftables = ratios(rates("sheave tc, middle"), rates("nftables, middle"));
+        findings.reach(Goal::new("new connections", &case("one"), "≥ 1.5 × nftables", Reach::AtLeast(1.5), &nftables));
+        for (name, series) in series.into_iter().filter(|(name, _)| *name != "one service") {
+            let figure = format!("connections by services/{name}/{count}");
+            findings.add(&figure, "1/s", Better::Higher, series.rates);
+            if let Some(figure) = findings.figures.get_mut(&figure) {
+                figure.point = Some((name.to_owned(), f64::from(*count)));
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,160 @@
+//! A cluster of its own for each way to a backend, all of them there at the same time, so that they can be asked in turn.
+
+use std::io::Write as _;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use sheave_tests::agent::Agent;
+use sheave_tests::manifests::Manifests;
+use sheave_tests::netns::Namespace;
+use sheave_tests::process::Process;
+use sheave_tests::topology::{Cluster, NodeNetwork, PodNetwork, Shape};
+
+use super::server::{BULK, Server, TCP, UDP};
+use super::services;
+use super::traffic::{Arguments, Kind, Sample};
+
+/// What lies between client and backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// The client knows the pod's address; routed.
+    Direct,
+    /// The same with connection tracking.
+    DirectTracked,
+    /// kube-proxy's iptables rules.
+    Iptables,
+    /// kube-proxy's nftables rules.
+    Nftables,
+    /// Sheave's tc programs.
+    SheaveTc,
+    /// Sheave's connect-time programs.
+    SheaveConnect,
+}
+
+impl Way {
+    /// As figures call it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::DirectTracked => "direct with conntrack",
+            Self::Iptables => "iptables",
+            Self::Nftables => "nftables",
+            Self::SheaveTc => "sheave tc",
+            Self::SheaveConnect => "sheave connect-time",
+        }
+    }
+}
+
+/// One of them, running. Dropped in this order.
+#[derive(Debug)]
+pub(crate) struct Variant {
+    /// Which.
+    pub(crate) way: Way,
+    agent: Option<Agent>,
+    _manifests: Option<Manifests>,
+    server: Server,
+    cluster: Cluster,
+}
+
+impl Variant {
+    /// Builds the cluster and what lies in between, for so many services.
+    pub(crate) fn start(way: Way, services: u32) -> Result<Self> {
+        Self::build(way, services).with_context(|| format!("{} with {services} services", way.name()))
+    }
+
+    fn build(way: Way, services: u32) -> Result<Self> {
+        let shape = Shape { pods: PodNetwork::Routed, nodes: NodeNetwork::Plain, pod_counts: [2, 0], xdp: false };
+        let cluster = Cluster::build(shape)?;
+        let (node, backend) = (&cluster.nodes[0], &cluster.nodes[0].pods[1]);
+        let server = Server::start(&backend.namespace, &backend.name)?;
+        let (mut agent, mut manifests) = (None, None);
+        match way {
+            Way::Direct => {}
+            Way::DirectTracked => {
+                let rules = "table ip tracked { chain forward { type filter hook forward priority filter; ct state invalid drop; }\n}";
+                feed(&node.namespace, "nft", &["-f", "-"], rules)?;
+            }
+            Way::Iptables => {
+                feed(&node.namespace, "iptables-restore", &[], &services::iptables(services, backend.address))?;
+            }
+            Way::Nftables => {
+                feed(&node.namespace, "nft", &["-f", "-"], &services::nftables(services, backend.address))?;
+            }
+            Way::SheaveTc | Way::SheaveConnect => {
+                let folder = Manifests::for_node(node)?;
+                folder.objects("services", &services::objects(services, backend.address, &node.name))?;
+                let connect = if way == Way::SheaveConnect { "all" } else { "off" };
+                let arguments = ["--connect", connect, "--healthz-bind-address", "", "--metrics-bind-address", ""];
+                agent = Some(Agent::start(node, &folder, &arguments)?);
+                manifests = Some(folder);
+            }
+        }
+        Ok(Self { way, agent, _manifests: manifests, server, cluster })
+    }
+
+    fn address(&self, service: u32) -> Ipv4Addr {
+        match self.way {
+            Way::Direct | Way::DirectTracked => self.cluster.nodes[0].pods[1].address,
+            _ => services::address(service),
+        }
+    }
+
+    /// A client's command: in the first pod, and in the agent's cgroup where the programs there are what is measured.
+    fn client(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let namespace = &self.cluster.nodes[0].pods[0].namespace;
+        match &self.agent {
+            Some(agent) if self.way == Way::SheaveConnect => agent.bystander_command(namespace, program),
+            _ => namespace.command(program),
+        }
+    }
+
+    /// Lets a client ask one service for some time, or with `spread` so many in random order.
+    pub(crate) fn ask(&self, kind: Kind, service: u32, spread: Option<u32>, length: Duration) -> Result<Sample> {
+        let port = if kind == Kind::Datagrams { UDP } else { TCP };
+        let target = SocketAddr::from((self.address(service), port));
+        let backend = &self.cluster.nodes[0].pods[1].name;
+        let mut command = self.client(std::env::current_exe()?);
+        command.args(Arguments::line(kind, target, backend, length));
+        if let Some(services) = spread {
+            command.args(["--services", &services.to_string()]);
+        }
+        let before = self.server.datagrams();
+        let output = Process::start("client", &mut command)?.finish(length * 2 + Duration::from_secs(20));
+        let output = output.with_context(|| format!("{} to {target}", self.way.name()))?;
+        let mut sample: Sample = serde_json::from_str(&output).with_context(|| format!("a client printed {output}"))?;
+        if kind == Kind::Datagrams {
+            // What counts is what arrives; its last datagrams are in the server's buffers at most.
+            sample.events = self.server.datagrams() - before;
+        }
+        ensure!(sample.events > 0, "{} moved nothing", self.way.name());
+        Ok(sample)
+    }
+
+    /// Moves bytes with iperf3 and returns the bits per second that arrived.
+    pub(crate) fn bulk(&self, bytes: u64) -> Result<f64> {
+        let (target, port) = (self.address(0).to_string(), BULK.to_string());
+        let mut command = self.client("iperf3");
+        command.args(["-c", &target, "-p", &port, "-n", &bytes.to_string(), "--json"]);
+        let output = Process::start("iperf3 -c", &mut command)?.finish(Duration::from_secs(120))?;
+        let report: serde_json::Value = serde_json::from_str(&output).context("iperf3's report")?;
+        let received = &report["end"]["sum_received"];
+        let arrived = received["bytes"].as_u64().context("iperf3's report has no sum_received")?;
+        // What is still in socket buffers when the client ends is not counted.
+        ensure!(arrived >= bytes / 10 * 8, "{arrived} of {bytes} bytes arrived");
+        received["bits_per_second"].as_f64().context("iperf3's report has no rate")
+    }
+}
+
+/// Runs a program in a namespace with this on its standard input.
+fn feed(namespace: &Namespace, program: &str, arguments: &[&str], text: &str) -> Result<()> {
+    let mut command = namespace.command(program);
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().with_context(|| format!("cannot run {program}"))?;
+    let written = child.stdin.take().map(|mut input| input.write_all(text.as_bytes()));
+    let output = child.wait_with_output()?;
+    let said: String = String::from_utf8_lossy(&output.stderr).chars().take(1_000).collect();
+    ensure!(output.status.success() && written.is_some_and(|written| written.is_ok()), "{program}: {said}");
+    Ok(())
+}
