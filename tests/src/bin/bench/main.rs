@@ -75,6 +75,7 @@ const MEASURES: &[Measure] = &[
     Measure { name: "program-hot", seconds: [15, 150], run: program::hot },
     Measure { name: "program-rotating", seconds: [10, 180], run: program::rotating },
     Measure { name: "ways", seconds: [60, 600], run: path::ways },
+    Measure { name: "nodeport", seconds: [25, 300], run: path::node_port },
     Measure { name: "services", seconds: [30, 600], run: path::against_services },
     Measure { name: "sync", seconds: [25, 90], run: controller::sync },
     Measure { name: "changes", seconds: [15, 60], run: controller::changes },

@@ -74,16 +74,46 @@ fn turned<T>(all: &[T], round: u32) -> impl Iterator<Item = &T> {
     all.iter().cycle().skip(round as usize % all.len().max(1)).take(all.len())
 }
 
-/// Bulk, requests, connections and datagrams through one service.
+/// Bulk, requests, connections and datagrams between pods of one node, through one service.
 pub(crate) fn ways(effort: &Effort, findings: &mut Findings, progress: &Progress) -> Result<()> {
     let ways = [Way::Direct, Way::DirectTracked, Way::Iptables, Way::Nftables, Way::SheaveTc, Way::SheaveConnect];
+    let series = side_by_side(&ways, effort, progress)?;
+    goals(&series, findings);
+    report(series, "", findings);
+    Ok(())
+}
+
+/// The same from outside through a nodePort to a backend on another node.
+pub(crate) fn node_port(effort: &Effort, findings: &mut Findings, progress: &Progress) -> Result<()> {
+    // Wires that are fit for XDP have no offloads, and are so much slower.
+    let effort = Effort { bulk: effort.bulk / 10, ..*effort };
+    let series = side_by_side(&[Way::RemoteDirect, Way::NodePortTc, Way::NodePortXdp], &effort, progress)?;
+    report(series, "nodePort ", findings);
+    Ok(())
+}
+
+/// Series by measure and way.
+type All = BTreeMap<(&'static str, &'static str), Series>;
+
+fn report(series: All, prefix: &str, findings: &mut Findings) {
+    for ((measure, way), series) in series {
+        let measure = format!("{prefix}{measure}");
+        if measure.ends_with("throughput") {
+            findings.add(format!("{measure}/{way}"), "Gbit/s", Better::Higher, series.rates);
+        } else {
+            series.report(&measure, way, findings);
+        }
+    }
+}
+
+fn side_by_side(ways: &[Way], effort: &Effort, progress: &Progress) -> Result<All> {
     let mut variants = Vec::new();
     for way in ways {
         progress.step(&format!("builds {}", way.name()));
-        variants.push(Variant::start(way, 1)?);
+        variants.push(Variant::start(*way, 1)?);
     }
     let kinds = [("requests", Kind::Requests), ("connections", Kind::Connections), ("datagrams", Kind::Datagrams)];
-    let mut series: BTreeMap<(&str, &str), Series> = BTreeMap::new();
+    let mut series = All::new();
     // The first round warms neighbours and caches, and shows that everything answers.
     for round in 0..=effort.path_rounds {
         for (measure, kind) in kinds {
@@ -103,18 +133,10 @@ pub(crate) fn ways(effort: &Effort, findings: &mut Findings, progress: &Progress
             }
         }
     }
-    goals(&series, findings);
-    for ((measure, way), series) in series {
-        if measure == "throughput" {
-            findings.add(format!("throughput/{way}"), "Gbit/s", Better::Higher, series.rates);
-        } else {
-            series.report(measure, way, findings);
-        }
-    }
-    Ok(())
+    Ok(series)
 }
 
-fn goals(series: &BTreeMap<(&str, &str), Series>, findings: &mut Findings) {
+fn goals(series: &All, findings: &mut Findings) {
     let rates = |measure, way: Way| {
         series.get(&(measure, way.name())).map(|series| series.rates.as_slice()).unwrap_or_default()
     };

@@ -28,6 +28,11 @@ pub(crate) fn address(number: u32) -> Ipv4Addr {
     Ipv4Addr::new(10, 96, third, fourth)
 }
 
+/// The first service's nodePort for a port.
+pub(crate) fn node_port(port: u16) -> u16 {
+    30_000 + port % 1_000
+}
+
 /// Every service answers TCP; the first one takes datagrams and bulk data, too.
 fn ports(count: u32) -> impl Iterator<Item = Port> {
     let first = [("udp", UDP), ("tcp", BULK)];
@@ -129,12 +134,17 @@ pub(crate) fn objects(count: u32, backend: Ipv4Addr, node: &str) -> Vec<Value> {
         if number == 0 {
             own.extend([("udp", "UDP", UDP), ("bulk", "TCP", BULK)]);
         }
-        let ports: Vec<Value> = own
-            .iter()
-            .map(|(name, protocol, port)| json!({"name": name, "protocol": protocol, "port": port}))
-            .collect();
+        let port = |(name, protocol, port): &(&str, &str, u16)| {
+            let mut fields = json!({"name": name, "protocol": protocol, "port": port});
+            if number == 0 {
+                fields["nodePort"] = node_port(*port).into();
+            }
+            fields
+        };
+        let ports: Vec<Value> = own.iter().map(port).collect();
+        let kind = if number == 0 { "NodePort" } else { "ClusterIP" };
         objects.push(json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "bench"},
-            "spec": {"clusterIP": address(number), "clusterIPs": [address(number)], "ports": ports}}));
+            "spec": {"type": kind, "clusterIP": address(number), "clusterIPs": [address(number)], "ports": ports}}));
         objects.push(json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
             "metadata": {"name": format!("{name}-1"), "namespace": "bench", "labels": {"kubernetes.io/service-name": name}},
             "ports": ports, "endpoints": [{"addresses": [backend], "nodeName": node}]}));

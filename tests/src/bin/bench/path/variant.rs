@@ -1,7 +1,7 @@
 //! A cluster of its own for each way to a backend, all of them there at the same time, so that they can be asked in turn.
 
 use std::io::Write as _;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use sheave_tests::agent::Agent;
 use sheave_tests::manifests::Manifests;
 use sheave_tests::netns::Namespace;
 use sheave_tests::process::Process;
-use sheave_tests::topology::{Cluster, NodeNetwork, PodNetwork, Shape};
+use sheave_tests::topology::{CLIENT, Cluster, NodeNetwork, Pod, PodNetwork, Shape};
 
 use super::server::{BULK, Server, TCP, UDP};
 use super::services;
@@ -31,6 +31,12 @@ pub(crate) enum Way {
     SheaveTc,
     /// Sheave's connect-time programs.
     SheaveConnect,
+    /// A client outside knows the address of a pod on another node, and is routed there and back by this node.
+    RemoteDirect,
+    /// It asks this node's nodePort: Sheave's tc programs, with SNAT.
+    NodePortTc,
+    /// The same with XDP.
+    NodePortXdp,
 }
 
 impl Way {
@@ -43,7 +49,15 @@ impl Way {
             Self::Nftables => "nftables",
             Self::SheaveTc => "sheave tc",
             Self::SheaveConnect => "sheave connect-time",
+            Self::RemoteDirect => "direct",
+            Self::NodePortTc => "sheave tc",
+            Self::NodePortXdp => "sheave xdp",
         }
+    }
+
+    /// Whether the client is outside and the backend on the other node.
+    fn is_remote(self) -> bool {
+        matches!(self, Self::RemoteDirect | Self::NodePortTc | Self::NodePortXdp)
     }
 }
 
@@ -65,9 +79,12 @@ impl Variant {
     }
 
     fn build(way: Way, services: u32) -> Result<Self> {
-        let shape = Shape { pods: PodNetwork::Routed, nodes: NodeNetwork::Plain, pod_counts: [2, 0], xdp: false };
+        let remote = way.is_remote();
+        let pod_counts = if remote { [0, 1] } else { [2, 0] };
+        // All that are compared have the same wires.
+        let shape = Shape { pods: PodNetwork::Routed, nodes: NodeNetwork::Plain, pod_counts, xdp: remote };
         let cluster = Cluster::build(shape)?;
-        let (node, backend) = (&cluster.nodes[0], &cluster.nodes[0].pods[1]);
+        let (node, backend) = (&cluster.nodes[0], backend(&cluster, way));
         let server = Server::start(&backend.namespace, &backend.name)?;
         let (mut agent, mut manifests) = (None, None);
         match way {
@@ -82,11 +99,21 @@ impl Variant {
             Way::Nftables => {
                 feed(&node.namespace, "nft", &["-f", "-"], &services::nftables(services, backend.address))?;
             }
-            Way::SheaveTc | Way::SheaveConnect => {
+            Way::RemoteDirect => {
+                cluster.client.ip(&[format!("route add {}/32 via {}", backend.address, node.address)])?;
+                let back = format!("route add {CLIENT}/32 via {}", node.address);
+                cluster.nodes[1].namespace.ip(&[back])?;
+                for interface in ["all", "eth0"] {
+                    node.namespace.sysctl(&format!("ipv4/conf/{interface}/send_redirects"), "0")?;
+                }
+            }
+            Way::SheaveTc | Way::SheaveConnect | Way::NodePortTc | Way::NodePortXdp => {
                 let folder = Manifests::for_node(node)?;
-                folder.objects("services", &services::objects(services, backend.address, &node.name))?;
+                folder.objects("services", &services::objects(services, backend.address, &backend.node))?;
                 let connect = if way == Way::SheaveConnect { "all" } else { "off" };
-                let arguments = ["--connect", connect, "--healthz-bind-address", "", "--metrics-bind-address", ""];
+                let xdp = if way == Way::NodePortXdp { "native" } else { "off" };
+                let arguments =
+                    ["--xdp", xdp, "--connect", connect, "--healthz-bind-address", "", "--metrics-bind-address", ""];
                 agent = Some(Agent::start(node, &folder, &arguments)?);
                 manifests = Some(folder);
             }
@@ -94,16 +121,21 @@ impl Variant {
         Ok(Self { way, agent, _manifests: manifests, server, cluster })
     }
 
-    fn address(&self, service: u32) -> Ipv4Addr {
+    /// Where a service's port is asked for.
+    fn target(&self, service: u32, port: u16) -> SocketAddr {
         match self.way {
-            Way::Direct | Way::DirectTracked => self.cluster.nodes[0].pods[1].address,
-            _ => services::address(service),
+            Way::Direct | Way::DirectTracked | Way::RemoteDirect => {
+                (backend(&self.cluster, self.way).address, port).into()
+            }
+            Way::NodePortTc | Way::NodePortXdp => (self.cluster.nodes[0].address, services::node_port(port)).into(),
+            _ => (services::address(service), port).into(),
         }
     }
 
-    /// A client's command: in the first pod, and in the agent's cgroup where the programs there are what is measured.
+    /// A client's command: in the first pod or outside, and in the agent's cgroup where the programs there are what is measured.
     fn client(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
-        let namespace = &self.cluster.nodes[0].pods[0].namespace;
+        let remote = self.way.is_remote();
+        let namespace = if remote { &self.cluster.client } else { &self.cluster.nodes[0].pods[0].namespace };
         match &self.agent {
             Some(agent) if self.way == Way::SheaveConnect => agent.bystander_command(namespace, program),
             _ => namespace.command(program),
@@ -113,8 +145,8 @@ impl Variant {
     /// Lets a client ask one service for some time, or with `spread` so many in random order.
     pub(crate) fn ask(&self, kind: Kind, service: u32, spread: Option<u32>, length: Duration) -> Result<Sample> {
         let port = if kind == Kind::Datagrams { UDP } else { TCP };
-        let target = SocketAddr::from((self.address(service), port));
-        let backend = &self.cluster.nodes[0].pods[1].name;
+        let target = self.target(service, port);
+        let backend = &backend(&self.cluster, self.way).name;
         let mut command = self.client(std::env::current_exe()?);
         command.args(Arguments::line(kind, target, backend, length));
         if let Some(services) = spread {
@@ -134,7 +166,8 @@ impl Variant {
 
     /// Moves bytes with iperf3 and returns the bits per second that arrived.
     pub(crate) fn bulk(&self, bytes: u64) -> Result<f64> {
-        let (target, port) = (self.address(0).to_string(), BULK.to_string());
+        let target = self.target(0, BULK);
+        let (target, port) = (target.ip().to_string(), target.port().to_string());
         let mut command = self.client("iperf3");
         command.args(["-c", &target, "-p", &port, "-n", &bytes.to_string(), "--json"]);
         let output = Process::start("iperf3 -c", &mut command)?.finish(Duration::from_secs(120))?;
@@ -145,6 +178,11 @@ impl Variant {
         ensure!(arrived >= bytes / 10 * 8, "{arrived} of {bytes} bytes arrived");
         received["bits_per_second"].as_f64().context("iperf3's report has no rate")
     }
+}
+
+/// The pod that answers.
+fn backend(cluster: &Cluster, way: Way) -> &Pod {
+    if way.is_remote() { &cluster.nodes[1].pods[0] } else { &cluster.nodes[0].pods[1] }
 }
 
 /// Runs a program in a namespace with this on its standard input.
