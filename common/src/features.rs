@@ -7,3 +7,5 @@ pub const FIB_SOURCE: u32 = 1 << 0;
 pub const SET_RETVAL: u32 = 1 << 1;
 /// `bpf_ktime_get_coarse_ns` exists (kernel 5.11).
 pub const COARSE_CLOCK: u32 = 1 << 2;
+/// `bpf_fib_lookup` says the MTU that a packet exceeds (kernel 5.12).
+pub const FIB_MTU: u32 = 1 << 3;

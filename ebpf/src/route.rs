@@ -68,11 +68,28 @@ fn find_into<C: Context, A: Network>(
     match lookup(ctx, &mut parameters, 0) {
         BPF_FIB_LKUP_RET_SUCCESS => result.write(route(&parameters, true)),
         BPF_FIB_LKUP_RET_NO_NEIGH => result.write(route(&parameters, false)),
-        // SAFETY: the kernel wrote this member of the union.
-        BPF_FIB_LKUP_RET_FRAG_NEEDED => return u32::from(unsafe { parameters.__bindgen_anon_1.mtu_result }).max(1),
+        BPF_FIB_LKUP_RET_FRAG_NEEDED if features::has(features::FIB_MTU) => {
+            // SAFETY: the kernel wrote this member of the union.
+            return u32::from(unsafe { parameters.__bindgen_anon_1.mtu_result }).max(1);
+        }
+        BPF_FIB_LKUP_RET_FRAG_NEEDED => return next_plateau(length),
         _ => return UNREACHABLE,
     };
     FOUND
+}
+
+/// What an ICMP error names where the kernel does not say the MTU (before 5.12: the length is left as it was, which named as
+/// the MTU would stop the connection for good): the next smaller of the usual ones, as RFC 1191, 7.1 has a host guess.
+#[inline(always)]
+fn next_plateau(length: u32) -> u32 {
+    const PLATEAUS: [u32; 10] = [32_000, 17_914, 8_166, 4_352, 2_002, 1_492, 1_450, 1_400, 1_280, 1_006];
+    const SMALLEST: u32 = 508;
+    for plateau in PLATEAUS {
+        if plateau < length {
+            return plateau;
+        }
+    }
+    SMALLEST
 }
 
 /// SNATs a tuple: makes its source the egress interface's address, so that the reply takes the same road back. A function of its own in the kernel too, so that its stack is not the caller's.

@@ -40,6 +40,8 @@ pub struct Features {
     pub set_retval: bool,
     /// bpf_ktime_get_coarse_ns (5.11).
     pub coarse_clock: bool,
+    /// The MTU in what BPF_FIB_LOOKUP answers (5.12).
+    pub fib_mtu: bool,
     /// TCX links (6.6).
     pub tcx: bool,
 }
@@ -52,6 +54,7 @@ impl Features {
             fib_lookup_source: at_least(6, 7),
             set_retval: at_least(5, 18),
             coarse_clock: at_least(5, 11),
+            fib_mtu: at_least(5, 12),
             tcx: at_least(6, 6),
         }
     }
@@ -63,6 +66,7 @@ impl Features {
         bit(self.fib_lookup_source, features::FIB_SOURCE)
             | bit(self.set_retval, features::SET_RETVAL)
             | bit(self.coarse_clock, features::COARSE_CLOCK)
+            | bit(self.fib_mtu, features::FIB_MTU)
     }
 }
 
