@@ -41,17 +41,19 @@ pub enum NoRoute {
 /// of one segment; 0 leaves the MTU unchecked.
 #[inline(always)]
 pub fn find<C: Context, A: Network>(ctx: &C, tuple: &Tuple<A>, protocol: u8, length: u32) -> Result<Route<A>, NoRoute> {
-    let mut route = MaybeUninit::uninit();
+    // Zeroed, because kernel 6.1 loses track of an MTU's not being 0, takes that for `FOUND`, and finds a "invalid read from
+    // stack R10 off=-32 size=4" where the route would be read.
+    let mut route = MaybeUninit::zeroed();
     match find_into(ctx, tuple, protocol, length, &mut route) {
         // SAFETY: `find_into` fills it whenever it says so.
         FOUND => Ok(unsafe { route.assume_init() }),
         UNREACHABLE => Err(NoRoute::Unreachable),
-        mtu => Err(NoRoute::TooBig(mtu)),
+        mtu => Err(NoRoute::TooBig(mtu as u32)),
     }
 }
 
-const FOUND: u32 = 0;
-const UNREACHABLE: u32 = u32::MAX;
+const FOUND: u64 = 0;
+const UNREACHABLE: u64 = u64::MAX;
 
 /// [`FOUND`], [`UNREACHABLE`], or the MTU that the packet exceeds. A function of its own in the kernel too, so that its
 /// stack is not the caller's.
@@ -62,7 +64,7 @@ fn find_into<C: Context, A: Network>(
     protocol: u8,
     length: u32,
     result: &mut MaybeUninit<Route<A>>,
-) -> u32 {
+) -> u64 {
     let mut parameters = parameters(ctx, tuple, protocol);
     parameters.__bindgen_anon_1.tot_len = length as u16;
     match lookup(ctx, &mut parameters, 0) {
@@ -70,9 +72,9 @@ fn find_into<C: Context, A: Network>(
         BPF_FIB_LKUP_RET_NO_NEIGH => result.write(route(&parameters, false)),
         BPF_FIB_LKUP_RET_FRAG_NEEDED if features::has(features::FIB_MTU) => {
             // SAFETY: the kernel wrote this member of the union.
-            return u32::from(unsafe { parameters.__bindgen_anon_1.mtu_result }).max(1);
+            return u64::from(unsafe { parameters.__bindgen_anon_1.mtu_result }).max(1);
         }
-        BPF_FIB_LKUP_RET_FRAG_NEEDED => return next_plateau(length),
+        BPF_FIB_LKUP_RET_FRAG_NEEDED => return u64::from(next_plateau(length)),
         _ => return UNREACHABLE,
     };
     FOUND
