@@ -24,7 +24,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         "sheave",
         "--package",
         "sheave-tests",
-        "--bins",
+        "--bin",
+        "sheave",
+        "--bin",
+        "bench",
     ]))?;
     if !process::is_root() {
         eprintln!("bench: network namespaces and BPF need root, so it runs through sudo");
