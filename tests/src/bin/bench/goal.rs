@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::statistics::Estimate;
 
 /// Fewer samples than that say nothing about their noise.
-const FEWEST: usize = 5;
+pub(crate) const FEWEST: usize = 5;
 
 /// A bound.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

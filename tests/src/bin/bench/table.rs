@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::findings::{Better, Figure, Findings};
-use crate::goal::{Goal, Reach, Verdict};
+use crate::goal::{FEWEST, Goal, Reach, Verdict};
 
 /// Everything as text.
 pub(crate) fn text(findings: &Findings) -> String {
@@ -80,8 +80,9 @@ pub(crate) fn against(findings: &Findings, other: &Findings) -> String {
     let mut text = String::new();
     for (name, figure) in &findings.figures {
         let Some(before) = other.figures.get(name) else { continue };
+        let enough = figure.samples.len().min(before.samples.len()) >= FEWEST;
         let (now, before) = (&figure.estimate, &before.estimate);
-        let apart = now.low > before.high || now.high < before.low;
+        let apart = enough && (now.low > before.high || now.high < before.low);
         let better = (now.median < before.median) == (figure.better == Better::Lower);
         let word = match (apart, better) {
             (false, _) => "as before",
@@ -119,10 +120,11 @@ mod tests {
             findings.add("rate", "1/s", Better::Higher, samples.to_vec());
             findings
         };
-        let (slow, fast) = (run(&[20.0, 21.0, 22.0]), run(&[10.0, 11.0, 12.0]));
+        let (slow, fast) = (run(&[20.0, 20.0, 21.0, 22.0, 22.0]), run(&[10.0, 10.0, 11.0, 12.0, 12.0]));
         let text = against(&slow, &fast);
         assert!(text.contains("cost: 11.0 → 21.0 ns (× 1.909) WORSE"), "{text}");
         assert!(text.contains("rate: 11.0 → 21.0 1/s (× 1.909) BETTER"), "{text}");
-        assert!(!against(&slow, &run(&[19.0, 21.5, 24.0])).contains("WORSE"));
+        assert!(!against(&slow, &run(&[19.0, 19.0, 21.5, 24.0, 24.0])).contains("WORSE"));
+        assert!(!against(&slow, &run(&[10.0])).contains("WORSE"), "one sample says nothing about its noise");
     }
 }
