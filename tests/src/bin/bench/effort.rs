@@ -42,9 +42,9 @@ impl Effort {
                 traffic: Duration::from_millis(250),
                 bulk: 300_000_000,
                 services: &[1_000],
-                syncs: 5,
-                changes: 200,
-                churn: 3,
+                syncs: 3,
+                changes: 100,
+                churn: 2,
             }
         } else {
             Self {

@@ -31,7 +31,8 @@ const CHURN: u32 = 1_000;
 
 /// Full sync into empty maps, and restarts that find everything there.
 pub(crate) fn sync(effort: &Effort, findings: &mut Findings, progress: &Progress) -> Result<()> {
-    for load in [LOAD, Load { services: 50_000, endpoints: 1 }] {
+    let wide = Load { services: 50_000, endpoints: 1 };
+    for load in if effort.quick { vec![LOAD] } else { vec![LOAD, wide] } {
         let (services, slices) = load.typed()?;
         let (mut cold, mut warm, mut opening) = (Vec::new(), Vec::new(), Vec::new());
         let mut most_writes = 0;
