@@ -15,6 +15,8 @@ use aya::maps::{Array, HashMap, PerCpuArray};
 use aya::programs::{SchedClassifier, TestRun as _, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod, TestRunOptions};
 use sheave::dataplane::Features;
+use sheave::model::desired::Algorithm;
+use sheave::plan::spread;
 use sheave_common::backend::{Backend, flags as backend_flags};
 use sheave_common::config::{Config, Timeouts, flags as config_flags};
 use sheave_common::counter::ServiceCounter;
@@ -43,6 +45,7 @@ pub struct Programs {
     version: u64,
     next_backend: u32,
     table_used: u32,
+    algorithm: Algorithm,
 }
 
 /// What a program did to a packet.
@@ -145,7 +148,7 @@ impl Programs {
         let mut loader = loader;
         loader.override_global("FEATURES", &features, true);
         let bpf = loader.load(sheave::EBPF_OBJECT).context("loading the BPF object")?;
-        Ok(Self { bpf, version: 1, next_backend: 1, table_used: 0 })
+        Ok(Self { bpf, version: 1, next_backend: 1, table_used: 0, algorithm: Algorithm::Random })
     }
 
     /// Loads every program, also those that nothing runs.
@@ -242,6 +245,11 @@ impl Programs {
         Ok(data.fd().as_fd().try_clone_to_owned()?)
     }
 
+    /// How services that are written from now on choose their backends; at random if it isn't called.
+    pub fn set_algorithm(&mut self, algorithm: Algorithm) {
+        self.algorithm = algorithm;
+    }
+
     /// Writes a service port's backends, table runs and frontends, and returns its backend ids in order.
     pub fn service(&mut self, service: &Service) -> Result<Vec<u32>> {
         let mut ids = Vec::new();
@@ -264,8 +272,10 @@ impl Programs {
                 continue;
             }
             let mine = || ids.iter().zip(&service.endpoints).filter(|(_, (address, _))| of_family(address));
-            let cluster: Vec<u32> = mine().map(|(id, _)| *id).collect();
-            let local: Vec<u32> = mine().filter(|(_, (_, local))| *local).map(|(id, _)| *id).collect();
+            let cluster: Vec<_> = mine().map(|(id, (address, _))| (*address, 1, *id)).collect();
+            let local: Vec<_> =
+                mine().filter(|(_, (_, local))| *local).map(|(id, (address, _))| (*address, 1, *id)).collect();
+            let (cluster, local) = (spread(self.algorithm, &cluster), spread(self.algorithm, &local));
             let (cluster, local) = (self.run(&cluster)?, self.run(&local)?);
             for (address, flags) in service.frontends.iter().filter(|(address, _)| of_family(address)) {
                 let frontend = Frontend {
@@ -275,7 +285,7 @@ impl Programs {
                     cluster,
                     local,
                     affinity_seconds: service.affinity,
-                    algorithm: 0,
+                    algorithm: self.algorithm as u32,
                 };
                 let (port_be, protocol) = (address.port().to_be(), service.protocol);
                 match address.ip() {

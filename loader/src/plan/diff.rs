@@ -11,7 +11,7 @@ use super::actual::{Actual, Dump};
 use super::claims::{Claims, Touched, mark_of};
 use super::identity::Identity;
 use super::reclaim::Queue;
-use super::spread;
+use super::spread::spread;
 use super::write::{Backend, Batch, Frontend, FrontendAddress, Operation, Owner, Write};
 use crate::model::desired::{Algorithm, Endpoint, EndpointSets, ServicePort, ServicePortName};
 
@@ -321,7 +321,7 @@ impl Planner {
             let address = socket(endpoint);
             ids.get(&address).map(|id| (address, endpoint.weight, *id))
         };
-        let run = spread::run(algorithm, &endpoints.iter().filter_map(backend).collect::<Vec<_>>());
+        let run = spread(algorithm, &endpoints.iter().filter_map(backend).collect::<Vec<_>>());
         if run.is_empty() {
             return Ok(BackendSet::default());
         }

@@ -29,5 +29,6 @@ pub use actual::Dump;
 pub use diff::{PlanError, Planner};
 pub use identity::Identity;
 pub use reclaim::Grace;
+pub use spread::spread;
 pub use table::Table;
 pub use write::{Backend, Batch, Failure, Frontend, FrontendAddress, Operation, Outcome, Owner, Write};

@@ -11,7 +11,8 @@ const PER_BACKEND: u64 = 32;
 
 /// The run of backends, each with its address, weight and id, in the order of addresses. Empty if there are none. Backends
 /// that weigh nothing get no new connections, unless all of them weigh nothing: then they share evenly.
-pub(super) fn run(algorithm: Algorithm, backends: &[(SocketAddr, u16, u32)]) -> Vec<u32> {
+#[must_use]
+pub fn spread(algorithm: Algorithm, backends: &[(SocketAddr, u16, u32)]) -> Vec<u32> {
     let weightless = backends.iter().all(|(_, weight, _)| *weight == 0);
     let weight = |weight: u16| if weightless { 1 } else { weight };
     let order = match algorithm {
@@ -64,38 +65,38 @@ const fn greatest_common_divisor(a: u64, b: u64) -> u64 {
 mod tests {
     use super::*;
 
-    fn spread(algorithm: Algorithm, weights: &[u16]) -> Vec<u32> {
+    fn of_weights(algorithm: Algorithm, weights: &[u16]) -> Vec<u32> {
         let backends: Vec<_> = weights
             .iter()
             .zip(1_u8..)
             .map(|(weight, host)| (SocketAddr::from(([10, 244, 0, host], 80)), *weight, u32::from(host)))
             .collect();
-        run(algorithm, &backends)
+        spread(algorithm, &backends)
     }
 
     #[test]
     fn equal_weights_take_one_element_each() {
-        assert_eq!(spread(Algorithm::Random, &[1, 1, 1]), [1, 2, 3]);
-        assert_eq!(spread(Algorithm::RoundRobin, &[7, 7]), [1, 2]);
-        assert_eq!(spread(Algorithm::Random, &[]), [0_u32; 0]);
+        assert_eq!(of_weights(Algorithm::Random, &[1, 1, 1]), [1, 2, 3]);
+        assert_eq!(of_weights(Algorithm::RoundRobin, &[7, 7]), [1, 2]);
+        assert_eq!(of_weights(Algorithm::Random, &[]), [0_u32; 0]);
     }
 
     #[test]
     fn weighted_turns_are_spread_and_not_bunched() {
-        assert_eq!(spread(Algorithm::RoundRobin, &[5, 1, 1]), [1, 1, 2, 1, 3, 1, 1]);
-        assert_eq!(spread(Algorithm::RoundRobin, &[50, 10, 10]), [1, 1, 2, 1, 3, 1, 1]);
+        assert_eq!(of_weights(Algorithm::RoundRobin, &[5, 1, 1]), [1, 1, 2, 1, 3, 1, 1]);
+        assert_eq!(of_weights(Algorithm::RoundRobin, &[50, 10, 10]), [1, 1, 2, 1, 3, 1, 1]);
     }
 
     #[test]
     fn a_backend_without_weight_gets_nothing_unless_none_has_any() {
-        assert_eq!(spread(Algorithm::Random, &[0, 3, 3]), [2, 3]);
-        assert_eq!(spread(Algorithm::Random, &[0, 0]), [1, 2]);
-        assert!(!spread(Algorithm::Maglev, &[0, 3, 3]).contains(&1));
+        assert_eq!(of_weights(Algorithm::Random, &[0, 3, 3]), [2, 3]);
+        assert_eq!(of_weights(Algorithm::Random, &[0, 0]), [1, 2]);
+        assert!(!of_weights(Algorithm::Maglev, &[0, 3, 3]).contains(&1));
     }
 
     #[test]
     fn coarse_weights_keep_their_shares_in_a_short_run() {
-        let run = spread(Algorithm::Random, &[65_535, 1, 32_767]);
+        let run = of_weights(Algorithm::Random, &[65_535, 1, 32_767]);
         assert!(run.len() <= 3 * 32 + 3, "{} elements", run.len());
         let share = |id| run.iter().filter(|other| **other == id).count() as f64 / run.len() as f64;
         assert!((share(1) - 2.0 / 3.0).abs() < 0.02 && (share(3) - 1.0 / 3.0).abs() < 0.02 && share(2) > 0.0);

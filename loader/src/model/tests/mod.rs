@@ -1,5 +1,6 @@
 //! Scenarios: objects as a user writes them, and what a node would serve.
 
+mod algorithms;
 mod contests;
 mod endpoints;
 mod frontends;
