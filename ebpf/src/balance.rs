@@ -8,7 +8,7 @@ use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::backend::{self, Backend};
 use sheave_common::frontend::{BackendSet, Frontend, FrontendKey, algorithm, client_hash, flags};
 
-use crate::maps::{self, BACKEND_TABLE, Family};
+use crate::maps::{self, ANY, BACKEND_TABLE, Family, NOEXIST};
 use crate::{features, observe, versioned};
 
 /// How often a choice starts again when the set changed under it.
@@ -96,11 +96,12 @@ fn choose_into<A: Family>(
             let nowhere = frontend.cluster.length == 0;
             return Err(if nowhere { DropReason::NoEndpoint } else { DropReason::NoLocalEndpoint });
         }
+        let needed = if local { backend::flags::IN_LOCAL_SET } else { backend::flags::IN_CLUSTER_SET };
+        let mut stale = 0;
         if frontend.affinity_seconds != 0 {
-            let id = remembered::<A>(frontend.service_id, frontend.affinity_seconds, client, now);
-            let needed = if local { backend::flags::IN_LOCAL_SET } else { backend::flags::IN_CLUSTER_SET };
-            if id != 0 && candidate(id, frontend.service_id, needed, choice) == Ok(true) {
-                remember(frontend.service_id, client, id, now);
+            stale = remembered::<A>(frontend.service_id, frontend.affinity_seconds, client, now);
+            if stale != 0 && candidate(stale, frontend.service_id, needed, choice) == Ok(true) {
+                remember(frontend.service_id, client, stale, now);
                 return Ok(());
             }
         }
@@ -108,10 +109,14 @@ fn choose_into<A: Family>(
         let Some(id) = BACKEND_TABLE.get(index) else { continue };
         // SAFETY: an aligned word of an array element, which may be written at the same time; it is checked below.
         let id = unsafe { core::ptr::from_ref(id).read_volatile() };
-        if candidate(id, frontend.service_id, 0, choice)? {
-            if frontend.affinity_seconds != 0 {
-                remember(frontend.service_id, client, id, now);
-            }
+        if !candidate(id, frontend.service_id, 0, choice)? {
+            continue;
+        }
+        if frontend.affinity_seconds == 0 {
+            return Ok(());
+        }
+        let bound = bind(frontend.service_id, client, id, stale, now);
+        if bound == id || candidate(bound, frontend.service_id, needed, choice)? {
             return Ok(());
         }
     }
@@ -174,9 +179,32 @@ fn remembered<A: Family>(service_id: u32, seconds: u32, client: &A, now: u32) ->
     if features::elapsed(affinity.last_new_connection, now) >= seconds { 0 } else { affinity.backend_id }
 }
 
+/// Binds a client that is not bound, or to `stale`, which can't be used, to a backend; returns the one that it is bound to:
+/// another CPU may have been faster with another of its connections. A function of its own in the kernel too, for its stack.
+#[inline(never)]
+fn bind<A: Family>(service_id: u32, client: &A, id: u32, stale: u32, now: u32) -> u32 {
+    let key = AffinityKey { service_id, client: *client };
+    let new = Affinity { backend_id: id, last_new_connection: now };
+    if A::insert_affinity(&key, &new, NOEXIST).is_ok() {
+        return id;
+    }
+    if let Some(affinity) = A::affinity(&key) {
+        // SAFETY: a map value stays readable while the program runs; what is read is checked by `candidate`.
+        let affinity = unsafe { maps::copy(affinity) };
+        // One that was bound in this second.
+        if affinity.backend_id != stale && features::elapsed(affinity.last_new_connection, now) == 0 {
+            return affinity.backend_id;
+        }
+    }
+    // An LRU map makes room; if it can't, the client's next connection is a fresh choice.
+    let _ = A::insert_affinity(&key, &new, ANY);
+    id
+}
+
 /// Remembers a client's backend. A function of its own in the kernel too, for its stack.
 #[inline(never)]
 fn remember<A: Family>(service_id: u32, client: &A, backend_id: u32, now: u32) {
     let key = AffinityKey { service_id, client: *client };
-    A::insert_affinity(&key, &Affinity { backend_id, last_new_connection: now });
+    // As in `bind`.
+    let _ = A::insert_affinity(&key, &Affinity { backend_id, last_new_connection: now }, ANY);
 }

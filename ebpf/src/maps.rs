@@ -99,8 +99,8 @@ pub trait Family: Address {
     fn remove_flow(table: Table, key: &FlowKey<Self>);
     /// A client's affinity.
     fn affinity(key: &AffinityKey<Self>) -> Option<*const Affinity>;
-    /// Remembers a client's backend.
-    fn insert_affinity(key: &AffinityKey<Self>, affinity: &Affinity);
+    /// Remembers a client's backend; `flags` are the kernel's BPF_ANY or BPF_NOEXIST.
+    fn insert_affinity(key: &AffinityKey<Self>, affinity: &Affinity, flags: u64) -> Result<(), i32>;
     /// What an unconnected socket chose for a frontend.
     fn socket_backend(key: &SocketKey<Self>) -> Option<*const SocketPeer<Self>>;
     /// Remembers that.
@@ -178,9 +178,8 @@ macro_rules! family {
             }
 
             #[inline(always)]
-            fn insert_affinity(key: &AffinityKey<Self>, affinity: &Affinity) {
-                // An LRU map makes room; if it can't, the client's next connection is a fresh choice.
-                let _ = $affinity.insert(key, affinity, ANY);
+            fn insert_affinity(key: &AffinityKey<Self>, affinity: &Affinity, flags: u64) -> Result<(), i32> {
+                $affinity.insert(key, affinity, flags)
             }
 
             #[inline(always)]
