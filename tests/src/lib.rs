@@ -9,6 +9,7 @@ pub mod agent;
 pub mod api_server;
 pub mod cgroup;
 pub mod client;
+pub mod config;
 pub mod family;
 pub mod follower;
 pub mod forward;

@@ -4,20 +4,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::{fs, io, thread};
 
 use aya::Pod;
 use aya::maps::{HashMap, Map, MapData};
-use sheave::config::{MapSizes, RunConfig, SourceConfig};
+use sheave::config::RunConfig;
 use sheave::dataplane::{self, Dataplane, PinnedMaps};
 use sheave::interfaces::{Interface, Role};
 use sheave::model::desired::{Endpoint, EndpointSets, Protocol, ServiceKey, ServicePort, ServicePortName};
 use sheave_common::Ipv4Address;
 use sheave_common::flow::{Flow, FlowKey, Tuple};
 use sheave_common::frontend::flags::CLUSTER_IP;
-
-static NUMBER: AtomicU32 = AtomicU32::new(0);
+use sheave_tests::config;
+use sheave_tests::leftovers::unique_name;
 
 /// A pin directory and a cgroup of this test's own, removed when it ends, however it ends.
 pub(crate) struct Bench {
@@ -27,23 +26,9 @@ pub(crate) struct Bench {
 
 impl Bench {
     pub(crate) fn new() -> Self {
-        let name = format!("sheave-test-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
-        let cgroup = cgroup_root().join(&name);
+        let cgroup = cgroup_root().join(unique_name());
         fs::create_dir(&cgroup).expect("a cgroup");
-        let mut config = RunConfig::new(SourceConfig::Manifests(PathBuf::from("/nonexistent")), "node".to_owned());
-        config.pin_path = Path::new("/sys/fs/bpf").join(&name);
-        config.cgroup = Some(cgroup.clone());
-        config.sizes = MapSizes {
-            services: 64,
-            frontends: 64,
-            backends: 64,
-            table: 64,
-            conntrack: 1024,
-            half_open: 1024,
-            affinity: 64,
-            sockets: 64,
-            source_ranges: 64,
-        };
+        let config = config::small(&cgroup);
         Self { config, cgroup }
     }
 

@@ -1,14 +1,13 @@
 //! Every program on its hook: pods, uplinks with and without a link-layer header, XDP, and a cgroup.
 
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
-use sheave::config::{MapSizes, RunConfig, SourceConfig, XdpMode};
+use sheave::config::XdpMode;
 use sheave::dataplane::{self, Dataplane, Features};
 use sheave::interfaces::{Interface, Role};
 use sheave_tests::cgroup::Cgroup;
-use sheave_tests::leftovers::unique_name;
+use sheave_tests::config;
 use sheave_tests::netns::Namespace;
 
 /// Interfaces of every kind, and the programs that belong on each.
@@ -41,21 +40,8 @@ fn attach(features: Features) -> Result<()> {
         "tuntap add tun0 mode tun",
     ])?;
     let cgroup = Cgroup::new()?;
-    let mut config = RunConfig::new(SourceConfig::Manifests(PathBuf::from("/nonexistent")), "node".to_owned());
-    config.pin_path = PathBuf::from("/sys/fs/bpf").join(unique_name());
-    config.cgroup = Some(cgroup.path().to_owned());
+    let mut config = config::small(cgroup.path());
     config.xdp = XdpMode::Native;
-    config.sizes = MapSizes {
-        services: 64,
-        frontends: 64,
-        backends: 64,
-        table: 64,
-        conntrack: 1024,
-        half_open: 1024,
-        affinity: 64,
-        sockets: 64,
-        source_ranges: 64,
-    };
     let shown = namespace.run(|| -> Result<_> {
         let attached =
             Dataplane::open_with(&config, features).map_err(anyhow::Error::from).and_then(|mut dataplane| {
