@@ -37,6 +37,10 @@ pub fn cleanup(pin_path: &Path) -> Result<(), DataplaneError> {
         }
         fs::remove_dir(&directory).map_err(DataplaneError::file("remove", &directory))?;
     }
+    let programs = pins.programs();
+    if programs.is_dir() {
+        fs::remove_dir_all(&programs).map_err(DataplaneError::file("remove", &programs))?;
+    }
     for entry in fs::read_dir(pin_path).map_err(DataplaneError::file("list", pin_path))? {
         links::remove(&entry.map_err(DataplaneError::file("list", pin_path))?.path())?;
     }

@@ -103,7 +103,7 @@ impl Links {
     /// device that had none of ours.
     pub(super) fn attach(
         &self,
-        programs: &mut Programs,
+        programs: &Programs,
         interface: &Interface,
         fresh: impl FnOnce() -> Result<(), DataplaneError>,
     ) -> Result<(), DataplaneError> {
@@ -111,7 +111,7 @@ impl Links {
         for (hook, program) in classifiers(interface) {
             let attach_error = |source| attach_error(program, interface, source);
             let replaced = match hook.direction().filter(|_| !self.tcx) {
-                Some(direction) => tc::replace(programs.classifier(program)?, &interface.name, direction),
+                Some(direction) => tc::replace(&mut programs.classifier(program)?, &interface.name, direction),
                 None => self.update(programs, interface.index, hook, program),
             };
             if replaced.map_err(attach_error)? {
@@ -121,7 +121,7 @@ impl Links {
                 fresh()?;
             }
             match hook.direction().filter(|_| !self.tcx) {
-                Some(direction) => tc::create(programs.classifier(program)?, &interface.name, direction),
+                Some(direction) => tc::create(&mut programs.classifier(program)?, &interface.name, direction),
                 None => self.create(programs, interface.index, hook, program),
             }
             .map_err(attach_error)?;

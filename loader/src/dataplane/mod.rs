@@ -1,7 +1,7 @@
 //! The kernel's side: loads the programs, owns maps, pins and links, and makes every write. Knows nothing of Kubernetes.
 //!
-//! Everything is pinned, so the dataplane outlives the controller: a restart reads the maps back, swaps the programs
-//! under their links, and writes only what differs. [`PinnedMaps`] reads the pins, with or without a daemon.
+//! Everything is pinned, so the dataplane outlives the controller: a restart reads the maps back, swaps programs that are
+//! of another version under their links, and writes only what differs. [`PinnedMaps`] reads the pins, with or without a daemon.
 
 mod cgroup;
 mod cleanup;
@@ -14,6 +14,7 @@ mod networks;
 mod pins;
 mod programs;
 mod settings;
+mod shelf;
 mod sockets;
 mod sweep;
 mod syscall;
@@ -65,7 +66,7 @@ pub struct Dataplane {
 }
 
 impl Dataplane {
-    /// Takes the pin directory, loads the programs on the maps pinned there, and reads back what they hold.
+    /// Takes the pin directory, takes over or loads the programs on the maps pinned there, and reads back what they hold.
     ///
     /// # Errors
     ///
@@ -84,7 +85,7 @@ impl Dataplane {
         let pins = Pins::take(&config.pin_path)?;
         let definitions = definitions::definitions(&config.sizes);
         pins.verify(&definitions)?;
-        let programs = Programs::load(&pins, &definitions, features)?;
+        let programs = Programs::open(&pins, &definitions, features)?;
         let maps = Maps::open(pins.directory(), false)?;
         let old = maps.config.get(&0)?;
         let element = settings::element(old, config)?;
@@ -213,7 +214,7 @@ impl Dataplane {
         let had_xdp = old.is_some_and(|old| old.flags & flags::XDP != 0);
         self.writer.put_interface(index, element(had_xdp))?;
         let maps = &self.writer.maps;
-        self.links.attach(&mut self.programs, interface, || {
+        self.links.attach(&self.programs, interface, || {
             // An element without programs is another device's that had this index.
             if old.is_some_and(|old| old.flags & flags::POD != 0) {
                 let swept = sweep::edges(maps, &BTreeSet::from([index]))?;

@@ -1,7 +1,7 @@
 //! The pin directory: that it is on a BPF file system, that nobody else uses it, and that what is pinned there is what
 //! this program would have made.
 //!
-//! Maps are pinned in the directory itself, links in its folder `links`. The directory carries an flock while a daemon or
+//! Maps are pinned in the directory itself, links in its folder `links`, programs in `programs` ([`super::shelf`]). The directory carries an flock while a daemon or
 //! a cleanup works on it; the kernel lets go of it when the process ends, however it ends.
 
 use std::ffi::CString;
@@ -19,10 +19,11 @@ use sheave_common::{LAYOUT_VERSION, names};
 use super::definitions::Definition;
 use super::error::DataplaneError;
 use super::map::Map;
-use super::syscall;
+use super::syscall::{self, MapInfo};
 
 const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
 const LINKS: &str = "links";
+const PROGRAMS: &str = "programs";
 
 /// A pin directory that is ours for as long as this value lives.
 #[derive(Debug)]
@@ -87,17 +88,33 @@ impl Pins {
         self.directory.join(LINKS)
     }
 
+    /// Where the programs are pinned.
+    pub(super) fn programs(&self) -> PathBuf {
+        self.directory.join(PROGRAMS)
+    }
+
+    /// The kernel's ids of the pinned maps, in the order of their definitions; `None` if one is not pinned.
+    pub(super) fn map_ids(&self, definitions: &[Definition]) -> Result<Option<Vec<u32>>, DataplaneError> {
+        let pinned = definitions.iter().map(|definition| self.pinned(definition));
+        pinned.map(|info| Ok(info?.map(|info| info.id))).collect()
+    }
+
+    fn pinned(&self, definition: &Definition) -> Result<Option<MapInfo>, DataplaneError> {
+        let pin = self.directory.join(definition.name);
+        let map = match syscall::open_pin(&pin, true) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            result => result.map_err(DataplaneError::file("open the pin", &pin))?,
+        };
+        syscall::map_info(map.as_fd()).map(Some).map_err(DataplaneError::file("inspect the pin", &pin))
+    }
+
     /// Compares every map that is pinned with its definition, and the pinned config's layout version with this
     /// program's.
     pub(super) fn verify(&self, definitions: &[Definition]) -> Result<(), DataplaneError> {
         for definition in definitions {
-            let pin = self.directory.join(definition.name);
-            let map = match syscall::open_pin(&pin, true) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                result => result.map_err(DataplaneError::file("open the pin", &pin))?,
-            };
-            let info = syscall::map_info(map.as_fd()).map_err(DataplaneError::file("inspect the pin", &pin))?;
+            let Some(info) = self.pinned(definition)? else { continue };
             if let Some(difference) = definition.difference(&info) {
+                let pin = self.directory.join(definition.name);
                 return Err(DataplaneError::IncompatiblePin { pin, difference });
             }
         }

@@ -1,18 +1,21 @@
-//! The BPF object: loaded once per start, on the pinned maps.
+//! The BPF programs: loaded on the pinned maps, or taken over from an earlier start that loaded the same ones.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier, Xdp};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use sheave_common::features;
+use tracing::debug;
 
 use super::definitions::Definition;
 use super::error::DataplaneError;
 use super::pins::Pins;
+use super::shelf::Shelf;
 
 /// tc programs.
 pub(super) const CLASSIFIERS: &[&str] =
@@ -75,50 +78,82 @@ fn at_least(major: u8, minor: u8) -> bool {
 }
 
 /// The loaded programs.
+#[derive(Debug)]
 pub(super) struct Programs {
-    ebpf: Ebpf,
+    shelf: Shelf,
+    fds: BTreeMap<&'static str, OwnedFd>,
 }
 
 impl Programs {
-    /// Loads every program. Maps that are pinned are used as they are, the others are made and pinned.
-    pub(super) fn load(pins: &Pins, definitions: &[Definition], features: Features) -> Result<Self, DataplaneError> {
+    /// Takes over the pinned programs if they are what this build would load on these maps, since the kernel takes a second
+    /// or two to verify them. Otherwise loads them all, and pins them in place of those that are there. Maps that are
+    /// pinned are used as they are, the others are made and pinned.
+    pub(super) fn open(pins: &Pins, definitions: &[Definition], features: Features) -> Result<Self, DataplaneError> {
         if !at_least(5, 10) {
             let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
             return Err(DataplaneError::KernelTooOld { release: release.trim().to_owned() });
         }
         raise_locked_memory();
-        let mut loader = EbpfLoader::new();
-        for definition in definitions {
-            loader.map_max_entries(definition.name, definition.max_entries);
-            loader.map_pin_path(definition.name, Cow::Owned(pins.directory().join(definition.name)));
+        // What programs log comes to the process that has loaded them.
+        if !cfg!(feature = "packet-trace")
+            && let Some(maps) = pins.map_ids(definitions)?
+        {
+            let shelf = Shelf::new(pins, &maps, features);
+            if let Some(fds) = shelf.take() {
+                debug!(shelf = %shelf, "took the loaded programs over");
+                return Ok(Self { shelf, fds });
+            }
         }
-        let bits = features.bits();
-        loader.override_global("FEATURES", &bits, true);
-        let mut ebpf = loader.load(crate::EBPF_OBJECT).map_err(load_error)?;
-        for name in CLASSIFIERS {
-            load::<SchedClassifier>(&mut ebpf, name, SchedClassifier::load)?;
+        let mut ebpf = load_all(pins, definitions, features)?;
+        let maps = pins.map_ids(definitions)?.unwrap_or_default();
+        let shelf = Shelf::new(pins, &maps, features);
+        let mut fds = BTreeMap::new();
+        for name in names() {
+            let program = ebpf.program_mut(name).ok_or(DataplaneError::NoProgram { program: name })?;
+            let fd = program.fd().map_err(|_| DataplaneError::NoProgram { program: name })?.as_fd();
+            fds.insert(name, fd.try_clone_to_owned().map_err(DataplaneError::file("keep", name))?);
         }
-        load::<Xdp>(&mut ebpf, XDP, Xdp::load)?;
-        for name in SOCKET {
-            load::<CgroupSockAddr>(&mut ebpf, name, CgroupSockAddr::load)?;
-        }
+        shelf.fill(&fds)?;
+        debug!(shelf = %shelf, "loaded the programs");
         #[cfg(feature = "packet-trace")]
         super::trace::follow(&mut ebpf);
-        Ok(Self { ebpf })
+        Ok(Self { shelf, fds })
     }
 
     /// A loaded program.
     pub(super) fn fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, DataplaneError> {
-        let program = self.ebpf.program(name).ok_or(DataplaneError::NoProgram { program: name })?;
-        let fd = program.fd().map_err(|_| DataplaneError::NoProgram { program: name })?;
-        Ok(fd.as_fd())
+        self.fds.get(name).map(AsFd::as_fd).ok_or(DataplaneError::NoProgram { program: name })
     }
 
     /// A tc program for aya's netlink.
-    pub(super) fn classifier(&mut self, name: &'static str) -> Result<&mut SchedClassifier, DataplaneError> {
-        let program = self.ebpf.program_mut(name).and_then(|program| program.try_into().ok());
-        program.ok_or(DataplaneError::NoProgram { program: name })
+    pub(super) fn classifier(&self, name: &'static str) -> Result<SchedClassifier, DataplaneError> {
+        SchedClassifier::from_pin(self.shelf.pin(name))
+            .map_err(|source| DataplaneError::Program { program: name, source: Box::new(source) })
     }
+}
+
+/// Every program.
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    CLASSIFIERS.iter().copied().chain([XDP]).chain(SOCKET.iter().copied())
+}
+
+fn load_all(pins: &Pins, definitions: &[Definition], features: Features) -> Result<Ebpf, DataplaneError> {
+    let mut loader = EbpfLoader::new();
+    for definition in definitions {
+        loader.map_max_entries(definition.name, definition.max_entries);
+        loader.map_pin_path(definition.name, Cow::Owned(pins.directory().join(definition.name)));
+    }
+    let bits = features.bits();
+    loader.override_global("FEATURES", &bits, true);
+    let mut ebpf = loader.load(crate::EBPF_OBJECT).map_err(load_error)?;
+    for name in CLASSIFIERS {
+        load::<SchedClassifier>(&mut ebpf, name, SchedClassifier::load)?;
+    }
+    load::<Xdp>(&mut ebpf, XDP, Xdp::load)?;
+    for name in SOCKET {
+        load::<CgroupSockAddr>(&mut ebpf, name, CgroupSockAddr::load)?;
+    }
+    Ok(ebpf)
 }
 
 fn load<'a, P: 'a>(

@@ -55,6 +55,23 @@ pub(super) struct MapInfo {
     pub(super) flags: u32,
 }
 
+/// The head of a program's information.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub(super) struct ProgramInfo {
+    pub(super) program_type: u32,
+    pub(super) id: u32,
+    tag: u64,
+    lengths: [u32; 2],
+    instructions: [u64; 2],
+    load_time: u64,
+    created_by: u32,
+    maps: u32,
+    map_ids: u64,
+    /// Cut off after 15 octets; then zeroes.
+    pub(super) name: [u8; 16],
+}
+
 /// The head of a link's information. `target` is the interface index for XDP and TCX links (0 once the device is gone)
 /// and the low half of the cgroup's id for cgroup links.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -283,6 +300,12 @@ unsafe fn info<T: Default>(object: BorrowedFd<'_>) -> io::Result<T> {
 pub(super) fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
     // SAFETY: `MapInfo` is the head of `struct bpf_map_info`.
     unsafe { info(map) }
+}
+
+/// What a program is.
+pub(super) fn program_info(program: BorrowedFd<'_>) -> io::Result<ProgramInfo> {
+    // SAFETY: `ProgramInfo` is the head of `struct bpf_prog_info`; the addresses in it are zero, so nothing is written there.
+    unsafe { info(program) }
 }
 
 /// What a link attaches where.

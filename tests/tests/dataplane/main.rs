@@ -5,4 +5,5 @@ mod bench;
 mod links;
 mod networks;
 mod pins;
+mod programs;
 mod repair;
