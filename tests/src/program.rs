@@ -26,6 +26,7 @@ use sheave_common::prefix::SourceRange;
 use sheave_common::{Address, DropReason, Ipv4Address, Ipv6Address, names};
 
 use crate::family::Family;
+use crate::raw_bpf::{self, xdp_context};
 
 /// tc's "next program".
 pub const NEXT: i32 = -1;
@@ -449,14 +450,8 @@ impl Programs {
 
     /// Runs the XDP program again and again on what it has made of the frame; the outcome is the last run's.
     pub fn xdp_repeated(&mut self, packet: &[u8], ifindex: u32, repeat: u32) -> Result<Outcome> {
-        let program: &mut Xdp = self.bpf.program_mut("uplink_xdp").context("no program uplink_xdp")?.try_into()?;
-        if program.fd().is_err() {
-            program.load().context("loading uplink_xdp")?;
-        }
-        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
-        let mut context = [0_u8; 24];
-        context[4..8].copy_from_slice(&u32::try_from(packet.len())?.to_ne_bytes());
-        context[12..16].copy_from_slice(&ifindex.to_ne_bytes());
+        let context = xdp_context(packet, ifindex)?;
+        let program = self.uplink_xdp()?;
         let mut out = vec![0_u8; 4_096];
         let result = program.test_run(TestRunOptions {
             data_in: Some(packet),
@@ -467,6 +462,20 @@ impl Programs {
         })?;
         out.truncate(usize::try_from(result.data_size_out)?);
         Ok(Outcome { action: result.return_value.cast_signed(), packet: out, duration: result.duration })
+    }
+
+    /// Runs the XDP program on frames that then really leave (see [`raw_bpf::live_frames`]).
+    pub fn xdp_live(&mut self, packet: &[u8], ifindex: u32, frames: u32) -> Result<Duration> {
+        let program = self.uplink_xdp()?.fd()?.as_fd();
+        Ok(raw_bpf::live_frames(program, packet, ifindex, frames)?)
+    }
+
+    fn uplink_xdp(&mut self) -> Result<&mut Xdp> {
+        let program: &mut Xdp = self.bpf.program_mut("uplink_xdp").context("no program uplink_xdp")?.try_into()?;
+        if program.fd().is_err() {
+            program.load().context("loading uplink_xdp")?;
+        }
+        Ok(program)
     }
 
     /// Takes what the programs have logged through aya-log, as raw records; development builds only.

@@ -8,10 +8,12 @@ use std::time::Duration;
 use crate::program::Outcome;
 
 const BPF_MAP_CREATE: libc::c_long = 0;
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
+const BPF_F_TEST_XDP_LIVE_FRAMES: u32 = 1 << 1;
 
 /// `dst = imm`, 64 bits.
 pub const MOVE: u8 = 0xb7;
@@ -23,6 +25,12 @@ pub const ADD: u8 = 0x07;
 pub const LOAD_WORD: u8 = 0x61;
 /// `*(u32 *)(dst + offset) = src`
 pub const STORE_WORD: u8 = 0x63;
+/// `dst &= imm`, the immediate sign-extended to 64 bits.
+pub const AND: u8 = 0x57;
+/// `*(u64 *)(dst + offset) += src`, atomically.
+pub const ATOMIC_ADD: u8 = 0xdb;
+/// `if dst > src goto offset`
+pub const JUMP_ABOVE: u8 = 0x2d;
 /// `if dst != imm goto offset`
 pub const JUMP_UNLESS: u8 = 0x55;
 /// `if dst == imm goto offset`
@@ -112,38 +120,87 @@ impl Program {
     /// # Errors
     /// If the kernel refuses.
     pub fn run(&self, packet: &[u8], repeat: u32) -> io::Result<Outcome> {
-        #[repr(C)]
-        #[derive(Default)]
-        struct Attributes {
-            prog_fd: u32,
-            retval: u32,
-            data_size_in: u32,
-            data_size_out: u32,
-            data_in: u64,
-            data_out: u64,
-            repeat: u32,
-            duration: u32,
-            rest: [u64; 12],
-        }
         let mut out = vec![0_u8; packet.len() + 256];
-        let mut attributes = Attributes {
+        let ran = test_run(TestRun {
             prog_fd: self.0.as_raw_fd().cast_unsigned(),
             data_size_in: packet.len() as u32,
             data_size_out: out.len() as u32,
             data_in: packet.as_ptr() as u64,
             data_out: out.as_mut_ptr() as u64,
             repeat,
-            ..Attributes::default()
-        };
-        // SAFETY: the attributes are a repr(C) value that the kernel reads and writes during the call only, its unused rest is
-        // zero, and both buffers are of the sizes given and outlive the call.
-        check(unsafe {
-            libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attributes, size_of::<Attributes>()) as i32
+            ..TestRun::default()
         })?;
-        out.truncate(attributes.data_size_out as usize);
-        let duration = Duration::from_nanos(attributes.duration.into());
-        Ok(Outcome { action: attributes.retval.cast_signed(), packet: out, duration })
+        out.truncate(ran.data_size_out as usize);
+        let duration = Duration::from_nanos(ran.duration.into());
+        Ok(Outcome { action: ran.retval.cast_signed(), packet: out, duration })
     }
+}
+
+/// `struct xdp_md` for a frame that comes in by an interface: data, data_end, data_meta, ingress_ifindex, rx_queue_index,
+/// egress_ifindex.
+///
+/// # Errors
+/// If no frame is so long.
+pub fn xdp_context(frame: &[u8], ifindex: u32) -> io::Result<[u8; 24]> {
+    let mut context = [0_u8; 24];
+    let length = u32::try_from(frame.len()).map_err(io::Error::other)?;
+    context[4..8].copy_from_slice(&length.to_ne_bytes());
+    context[12..16].copy_from_slice(&ifindex.to_ne_bytes());
+    Ok(context)
+}
+
+/// Runs an XDP program on frames that the kernel then sends where the program says (BPF_F_TEST_XDP_LIVE_FRAMES, Linux
+/// 5.18), and returns what each took. The kernel uses a frame again as soon as it is free, with the bytes that the last run left.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn live_frames(program: BorrowedFd<'_>, frame: &[u8], ifindex: u32, frames: u32) -> io::Result<Duration> {
+    let context = xdp_context(frame, ifindex)?;
+    let ran = test_run(TestRun {
+        prog_fd: program.as_raw_fd().cast_unsigned(),
+        data_size_in: frame.len() as u32,
+        data_in: frame.as_ptr() as u64,
+        repeat: frames,
+        ctx_size_in: context.len() as u32,
+        ctx_in: context.as_ptr() as u64,
+        flags: BPF_F_TEST_XDP_LIVE_FRAMES,
+        ..TestRun::default()
+    })?;
+    Ok(Duration::from_nanos(ran.duration.into()))
+}
+
+/// The attributes of BPF_PROG_TEST_RUN.
+#[repr(C)]
+#[derive(Default)]
+struct TestRun {
+    prog_fd: u32,
+    retval: u32,
+    data_size_in: u32,
+    data_size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+    ctx_size_in: u32,
+    ctx_size_out: u32,
+    ctx_in: u64,
+    ctx_out: u64,
+    flags: u32,
+    cpu: u32,
+    batch_size: u32,
+    padding: u32,
+    rest: [u64; 6],
+}
+
+/// Runs a program, and returns the attributes as the kernel has filled them in. Their buffers must be of the sizes given, and
+/// outlive the call.
+fn test_run(mut attributes: TestRun) -> io::Result<TestRun> {
+    // SAFETY: the attributes are a repr(C) value that the kernel reads and writes during the call only, its unused rest is
+    // zero, and the callers in this file keep its buffers.
+    check(unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attributes, size_of::<TestRun>()) as i32
+    })?;
+    Ok(attributes)
 }
 
 /// An array map of one element: a program's memory from one run to the next.
@@ -182,6 +239,19 @@ impl Array {
     /// # Errors
     /// If the kernel refuses.
     pub fn set(&self, element: &[u8]) -> io::Result<()> {
+        self.element(BPF_MAP_UPDATE_ELEM, element.as_ptr() as u64)
+    }
+
+    /// Reads the element, of this length.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn get(&self, element: &mut [u8]) -> io::Result<()> {
+        self.element(BPF_MAP_LOOKUP_ELEM, element.as_mut_ptr() as u64)
+    }
+
+    /// A command on the element, whose bytes are at an address.
+    fn element(&self, command: libc::c_long, value: u64) -> io::Result<()> {
         #[repr(C)]
         #[derive(Default)]
         struct Attributes {
@@ -193,15 +263,11 @@ impl Array {
             rest: [u64; 12],
         }
         let key = 0_u32;
-        let attributes = Attributes {
-            map_fd: self.0.as_raw_fd().cast_unsigned(),
-            key: (&raw const key) as u64,
-            value: element.as_ptr() as u64,
-            ..Attributes::default()
-        };
-        // SAFETY: as in `Program::run`; key and element outlive the call.
+        let map_fd = self.0.as_raw_fd().cast_unsigned();
+        let attributes = Attributes { map_fd, key: (&raw const key) as u64, value, ..Attributes::default() };
+        // SAFETY: as in `test_run`; the key outlives the call, and so does the element, which the callers borrow.
         check(unsafe {
-            libc::syscall(libc::SYS_bpf, BPF_MAP_UPDATE_ELEM, &raw const attributes, size_of::<Attributes>()) as i32
+            libc::syscall(libc::SYS_bpf, command, &raw const attributes, size_of::<Attributes>()) as i32
         })?;
         Ok(())
     }

@@ -64,6 +64,14 @@ impl XdpPass {
 }
 
 fn attach_pass(interface: &str) -> io::Result<OwnedFd> {
+    attach(&Program::load(Kind::Xdp, &[instruction(MOVE, 0, 0, 0, XDP_PASS), EXIT])?, interface)
+}
+
+/// Attaches an XDP program to an interface of the calling thread's namespace in native mode, as long as what comes back lives.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn attach(program: &Program, interface: &str) -> io::Result<OwnedFd> {
     #[repr(C)]
     #[derive(Default)]
     struct LinkCreate {
@@ -80,7 +88,6 @@ fn attach_pass(interface: &str) -> io::Result<OwnedFd> {
     if index == 0 {
         return Err(io::Error::last_os_error());
     }
-    let program = Program::load(Kind::Xdp, &[instruction(MOVE, 0, 0, 0, XDP_PASS), EXIT])?;
     bpf(
         BPF_LINK_CREATE,
         &LinkCreate {

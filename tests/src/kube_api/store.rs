@@ -238,7 +238,8 @@ impl Store {
         if version < self.compacted || version > self.version {
             return Err(Expired);
         }
-        let entries = self.history.iter().filter(|entry| entry.version > version && entry.resource == filter.resource);
+        let seen = self.history.partition_point(|entry| entry.version <= version);
+        let entries = self.history[seen..].iter().filter(|entry| entry.resource == filter.resource);
         Ok(entries.filter_map(|entry| entry.event(filter)).collect())
     }
 }

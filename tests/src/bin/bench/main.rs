@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: what Sheave costs, measured side by side with what it is compared to. Everything is checked before
 //! it is timed: nothing fast but wrong gets a figure.
 
+mod agent;
 mod controller;
 mod effort;
 mod findings;
@@ -77,11 +78,13 @@ struct Measure {
 const MEASURES: &[Measure] = &[
     Measure { name: "program-hot", seconds: [25, 150], run: program::hot },
     Measure { name: "program-rotating", seconds: [10, 180], run: program::rotating },
+    Measure { name: "xdp-live", seconds: [10, 60], run: program::live_frames },
     Measure { name: "ways", seconds: [45, 600], run: path::ways },
     Measure { name: "nodeport", seconds: [20, 300], run: path::node_port },
     Measure { name: "services", seconds: [15, 600], run: path::against_services },
     Measure { name: "sync", seconds: [25, 180], run: controller::sync },
     Measure { name: "changes", seconds: [25, 90], run: controller::changes },
+    Measure { name: "agent", seconds: [25, 120], run: agent::measure },
     Measure { name: "memory", seconds: [10, 10], run: controller::memory },
 ];
 

@@ -57,7 +57,8 @@ fn median(samples: &mut [f64]) -> Option<f64> {
     }
 }
 
-fn quantile(sorted: &[f64], share: f64) -> f64 {
+/// The value below which this share of sorted samples is; there must be some.
+pub(crate) fn quantile(sorted: &[f64], share: f64) -> f64 {
     #[expect(
         clippy::cast_precision_loss,
         clippy::cast_possible_truncation,

@@ -17,6 +17,9 @@ pub(crate) const PORT: u16 = 80;
 /// Port of every endpoint.
 const TARGET: u16 = 8080;
 
+/// The load of most of PERFORMANCE.md's rows.
+pub(crate) const LOAD: Load = Load { services: 10_000, endpoints: 10 };
+
 /// So many services with so many endpoints each, one EndpointSlice per service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Load {

@@ -12,8 +12,8 @@ use sheave_tests::agent::Agent;
 use sheave_tests::manifests::Manifests;
 use sheave_tests::topology::{Cluster, Shape};
 
-use super::load::Load;
-use super::{LOAD, count};
+use super::count;
+use super::load::{LOAD, Load};
 use crate::effort::Effort;
 use crate::findings::{Better, Findings};
 use crate::goal::{Goal, Reach};

@@ -14,7 +14,7 @@ use crate::effort::Effort;
 use crate::findings::{Better, Findings};
 use crate::goal::{Goal, Reach};
 use crate::progress::Progress;
-use crate::statistics::ratios;
+use crate::statistics::{quantile, ratios};
 pub(crate) use services::address;
 use traffic::{Kind, Sample};
 use variant::{Variant, Way};
@@ -28,6 +28,7 @@ struct Series {
     rates: Vec<f64>,
     median: Vec<f64>,
     slow: Vec<f64>,
+    slowest: Vec<f64>,
     all: Option<Histogram<u64>>,
 }
 
@@ -44,6 +45,7 @@ impl Series {
         }
         self.median.push(microseconds(histogram.value_at_percentile(50.0)));
         self.slow.push(microseconds(histogram.value_at_percentile(99.0)));
+        self.slowest.push(microseconds(histogram.value_at_percentile(99.9)));
         match &mut self.all {
             Some(all) => all.add(&histogram)?,
             None => self.all = Some(histogram),
@@ -56,12 +58,21 @@ impl Series {
         findings.add(format!("{measure}/{name}"), "1/s", Better::Higher, self.rates);
         findings.add(format!("{measure} p50/{name}"), "µs", Better::Lower, self.median);
         findings.add(format!("{measure} p99/{name}"), "µs", Better::Lower, self.slow);
+        findings.add(format!("{measure} p99.9/{name}"), "µs", Better::Lower, self.slowest);
         let Some(all) = self.all else { return };
         if let Some(figure) = findings.figures.get_mut(&format!("{measure} p50/{name}")) {
             let at = |percentile: f64| (percentile, microseconds(all.value_at_percentile(percentile)));
             figure.distribution = PERCENTILES.map(at).to_vec();
         }
     }
+}
+
+/// Gives a figure whose samples are single events the distribution of its own samples.
+pub(crate) fn distribution(findings: &mut Findings, figure: &str) {
+    let Some(figure) = findings.figures.get_mut(figure) else { return };
+    let mut sorted = figure.samples.clone();
+    sorted.sort_unstable_by(f64::total_cmp);
+    figure.distribution = PERCENTILES.map(|percentile| (percentile, quantile(&sorted, percentile / 100.0))).to_vec();
 }
 
 #[expect(clippy::cast_precision_loss, reason = "nanoseconds of one event")]

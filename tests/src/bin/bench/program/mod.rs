@@ -1,6 +1,7 @@
 //! What a packet costs in each program (BPF_PROG_TEST_RUN), less what the kernel takes to run an empty one.
 
 mod cases;
+mod live;
 mod node;
 mod raw;
 mod rotating;
@@ -22,6 +23,7 @@ use crate::statistics::{paired, ratios};
 use cases::Cases;
 use raw::Raw;
 
+pub(crate) use live::measure as live_frames;
 pub(crate) use rotating::measure as rotating;
 
 /// MAC address of the uplink's only neighbour.
