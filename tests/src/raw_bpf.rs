@@ -27,6 +27,8 @@ pub const LOAD_WORD: u8 = 0x61;
 pub const STORE_WORD: u8 = 0x63;
 /// `dst &= imm`, the immediate sign-extended to 64 bits.
 pub const AND: u8 = 0x57;
+/// `*(u64 *)(dst + offset) = imm`
+pub const STORE_IMMEDIATE: u8 = 0x7a;
 /// `*(u64 *)(dst + offset) += src`, atomically.
 pub const ATOMIC_ADD: u8 = 0xdb;
 /// `if dst > src goto offset`
@@ -266,9 +268,7 @@ impl Array {
         let map_fd = self.0.as_raw_fd().cast_unsigned();
         let attributes = Attributes { map_fd, key: (&raw const key) as u64, value, ..Attributes::default() };
         // SAFETY: as in `test_run`; the key outlives the call, and so does the element, which the callers borrow.
-        check(unsafe {
-            libc::syscall(libc::SYS_bpf, command, &raw const attributes, size_of::<Attributes>()) as i32
-        })?;
+        check(unsafe { libc::syscall(libc::SYS_bpf, command, &raw const attributes, size_of::<Attributes>()) as i32 })?;
         Ok(())
     }
 }

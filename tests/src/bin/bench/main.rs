@@ -85,7 +85,7 @@ const MEASURES: &[Measure] = &[
     Measure { name: "sync", seconds: [25, 180], run: controller::sync },
     Measure { name: "changes", seconds: [25, 90], run: controller::changes },
     Measure { name: "agent", seconds: [25, 120], run: agent::measure },
-    Measure { name: "memory", seconds: [10, 10], run: controller::memory },
+    Measure { name: "memory", seconds: [10, 10], run: agent::memory },
 ];
 
 fn main() -> ExitCode {

@@ -70,12 +70,7 @@ pub(crate) fn publish(running: &Running) -> Result<()> {
 }
 
 /// One change after another; nothing else happens.
-pub(super) fn measure(
-    running: &Running,
-    effort: &Effort,
-    findings: &mut Findings,
-    progress: &Progress,
-) -> Result<()> {
+pub(super) fn measure(running: &Running, effort: &Effort, findings: &mut Findings, progress: &Progress) -> Result<()> {
     publish(running)?;
     let mut seen = Seen::default();
     running.client().run(|| -> Result<()> {

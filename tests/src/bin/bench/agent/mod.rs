@@ -2,6 +2,7 @@
 
 mod churn;
 mod handover;
+mod memory;
 mod restart;
 mod running;
 
@@ -13,10 +14,13 @@ use crate::findings::Findings;
 use crate::progress::Progress;
 use running::Running;
 
+pub(crate) use memory::measure as memory;
+
 /// One change after another, a thousand a second, and restarts, all with the same agent.
 pub(crate) fn measure(effort: &Effort, findings: &mut Findings, progress: &Progress) -> Result<()> {
     progress.step(&format!("starts with {LOAD}"));
-    let mut running = Running::start(LOAD)?;
+    let mut running = Running::start(LOAD, &[])?;
+    running.check()?;
     handover::measure(&running, effort, findings, progress)?;
     churn::measure(&mut running, effort, findings, progress)?;
     restart::measure(&mut running, effort, findings, progress)

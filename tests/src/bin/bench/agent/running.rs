@@ -1,7 +1,7 @@
 //! The agent, its API server, and pods that ask and answer.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
@@ -37,6 +37,8 @@ pub(crate) struct Running {
     pub(crate) agent: Agent,
     /// What tells it.
     pub(crate) api: KubeApi,
+    /// How long it took until it served.
+    pub(crate) start: Duration,
     /// The services that nobody asks.
     pub(crate) load: Load,
     _folder: Folder,
@@ -45,8 +47,8 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Starts an agent with this load, and waits until the maps hold it.
-    pub(crate) fn start(load: Load) -> Result<Self> {
+    /// Starts an agent with this load and these arguments, and waits until it serves.
+    pub(crate) fn start(load: Load, more: &[&str]) -> Result<Self> {
         let shape = Shape {
             pods: PodNetwork::Routed,
             nodes: NodeNetwork::Plain,
@@ -55,7 +57,8 @@ impl Running {
         };
         let cluster = Cluster::build(shape)?;
         let node = &cluster.nodes[0];
-        let servers = node.pods[1..].iter().map(|pod| Server::start(&pod.namespace, &pod.name)).collect::<Result<_>>()?;
+        let servers =
+            node.pods[1..].iter().map(|pod| Server::start(&pod.namespace, &pod.name)).collect::<Result<_>>()?;
         let listener = node.namespace.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))?;
         let api = KubeApi::serve(listener);
         api.apply(objects::node(node, None, &[&node.address.to_string()]));
@@ -64,11 +67,11 @@ impl Running {
         }
         let folder = Folder::new("bench-agent");
         folder.write("kubeconfig", &api.kubeconfig());
-        let arguments = ["--connect", "off", "--healthz-bind-address", "", "--metrics-bind-address", ""];
+        let mut arguments = vec!["--connect", "off", "--healthz-bind-address", "", "--metrics-bind-address", ""];
+        arguments.extend(more);
+        let started = Instant::now();
         let agent = Agent::start_with_kubeconfig(node, &node.name, &folder.path("kubeconfig"), &arguments)?;
-        let running = Self { agent, api, load, _folder: folder, _servers: servers, cluster };
-        running.check()?;
-        Ok(running)
+        Ok(Self { agent, api, start: started.elapsed(), load, _folder: folder, _servers: servers, cluster })
     }
 
     /// Fails unless the maps come to hold the load.

@@ -1,7 +1,6 @@
 //! What the controller takes: for everything at once, for a restart, and for one change after another.
 
 mod load;
-mod memory;
 mod rig;
 
 use std::net::Ipv4Addr;
@@ -23,7 +22,6 @@ use load::PORT;
 use rig::Rig;
 
 pub(crate) use load::{LOAD, Load};
-pub(crate) use memory::measure as memory;
 
 /// Changes per second of the churn.
 pub(crate) const CHURN: u32 = 1_000;

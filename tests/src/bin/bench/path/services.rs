@@ -45,6 +45,11 @@ impl Port {
     fn chain(&self) -> String {
         format!("{:06}{}{}", self.number, self.protocol, self.port)
     }
+
+    /// Its nodePort: the first service's have one.
+    fn node_port(&self) -> Option<u16> {
+        (self.number == 0).then_some(node_port(self.port))
+    }
 }
 
 /// `iptables-restore` input: kube-proxy's iptables mode, one endpoint each.
@@ -52,7 +57,7 @@ pub(crate) fn iptables(count: u32, backend: Ipv4Addr) -> String {
     let mut chains = String::new();
     let mut rules = String::new();
     for port in ports(count) {
-        let (chain, Port { address, protocol, port, number }) = (port.chain(), port);
+        let (chain, node_port, Port { address, protocol, port, number }) = (port.chain(), port.node_port(), port);
         let destination = format!("-d {address}/32 -p {protocol} -m {protocol} --dport {port}");
         let _ = writeln!(chains, ":KUBE-SVC-{chain} - [0:0]\n:KUBE-SEP-{chain} - [0:0]");
         let _ = writeln!(
@@ -63,6 +68,15 @@ pub(crate) fn iptables(count: u32, backend: Ipv4Addr) -> String {
              -A KUBE-SEP-{chain} -s {backend}/32 -m comment --comment \"bench/s{number}\" -j KUBE-MARK-MASQ\n\
              -A KUBE-SEP-{chain} -p {protocol} -m comment --comment \"bench/s{number}\" -m {protocol} -j DNAT --to-destination {backend}:{port}"
         );
+        if let Some(node_port) = node_port {
+            let _ = writeln!(chains, ":KUBE-EXT-{chain} - [0:0]");
+            let _ = writeln!(
+                rules,
+                "-A KUBE-NODEPORTS -p {protocol} -m comment --comment \"bench/s{number}\" -m {protocol} --dport {node_port} -j KUBE-EXT-{chain}\n\
+                 -A KUBE-EXT-{chain} -m comment --comment \"bench/s{number} external\" -j KUBE-MARK-MASQ\n\
+                 -A KUBE-EXT-{chain} -j KUBE-SVC-{chain}"
+            );
+        }
     }
     format!(
         "*filter\n:KUBE-FORWARD - [0:0]\n:KUBE-SERVICES - [0:0]\n:KUBE-PROXY-FIREWALL - [0:0]\n\
@@ -80,29 +94,32 @@ pub(crate) fn iptables(count: u32, backend: Ipv4Addr) -> String {
     )
 }
 
-/// `nft -f` input: kube-proxy's nftables mode, one endpoint each.
-pub(crate) fn nftables(count: u32, backend: Ipv4Addr) -> String {
+/// `nft -f` input: kube-proxy's nftables mode, one endpoint each, on a node with this address.
+pub(crate) fn nftables(count: u32, backend: Ipv4Addr, node: Ipv4Addr) -> String {
     let mut chains = String::new();
-    let (mut services, mut addresses) = (Vec::new(), Vec::new());
+    let (mut services, mut node_ports, mut addresses) = (Vec::new(), Vec::new(), Vec::new());
     for port in ports(count) {
-        let (chain, Port { address, protocol, port, .. }) = (port.chain(), port);
+        let (chain, node_port, Port { address, protocol, port, .. }) = (port.chain(), port.node_port(), port);
         let _ = writeln!(
             chains,
             "chain endpoint-{chain} {{\n ip saddr {backend} jump mark-for-masquerade\n meta l4proto {protocol} dnat to {backend}:{port}\n}}\n\
              chain service-{chain} {{\n ip daddr {address} {protocol} dport {port} ip saddr != {PODS} jump mark-for-masquerade\n \
              numgen random mod 1 vmap {{ 0 : goto endpoint-{chain} }}\n}}"
         );
+        if let Some(node_port) = node_port {
+            let _ = writeln!(chains, "chain external-{chain} {{ jump mark-for-masquerade; goto service-{chain}; }}");
+            node_ports.push(format!("{protocol} . {node_port} : goto external-{chain}"));
+        }
         services.push(format!("{address} . {protocol} . {port} : goto service-{chain}"));
         if port == TCP {
             addresses.push(address.to_string());
         }
     }
     format!(
-        "table ip kube-proxy {{\nset cluster-ips {{ type ipv4_addr; elements = {{ {} }} }}\nset nodeport-ips {{ type ipv4_addr; }}\n\
+        "table ip kube-proxy {{\nset cluster-ips {{ type ipv4_addr; elements = {{ {} }} }}\nset nodeport-ips {{ type ipv4_addr; elements = {{ {node} }} }}\n\
          map no-endpoint-services {{ type ipv4_addr . inet_proto . inet_service : verdict; }}\n\
          map no-endpoint-nodeports {{ type inet_proto . inet_service : verdict; }}\n\
          map firewall-ips {{ type ipv4_addr . inet_proto . inet_service : verdict; }}\n\
-         map service-nodeports {{ type inet_proto . inet_service : verdict; }}\n\
          chain mark-for-masquerade {{ meta mark set meta mark or {MASQUERADE}; }}\n\
          chain masquerading {{\n meta mark and {MASQUERADE} == 0 return\n meta mark set meta mark xor {MASQUERADE}\n masquerade fully-random\n}}\n\
          chain cluster-ips-check {{ ip daddr @cluster-ips reject; }}\n\
@@ -110,6 +127,7 @@ pub(crate) fn nftables(count: u32, backend: Ipv4Addr) -> String {
          chain service-endpoints-check {{ ip daddr . meta l4proto . th dport vmap @no-endpoint-services; }}\n\
          chain nodeport-endpoints-check {{ ip daddr @nodeport-ips meta l4proto . th dport vmap @no-endpoint-nodeports; }}\n{chains}\
          map service-ips {{ type ipv4_addr . inet_proto . inet_service : verdict; elements = {{ {} }} }}\n\
+         map service-nodeports {{ type inet_proto . inet_service : verdict; elements = {{ {} }} }}\n\
          chain services {{\n ip daddr . meta l4proto . th dport vmap @service-ips\n \
          ip daddr @nodeport-ips meta l4proto . th dport vmap @service-nodeports\n}}\n\
          chain filter-prerouting-pre-dnat {{ type filter hook prerouting priority dstnat - 10; ct state new jump firewall-check; }}\n\
@@ -121,7 +139,8 @@ pub(crate) fn nftables(count: u32, backend: Ipv4Addr) -> String {
          chain nat-output {{ type nat hook output priority -100; jump services; }}\n\
          chain nat-postrouting {{ type nat hook postrouting priority srcnat; jump masquerading; }}\n}}\n",
         addresses.join(", "),
-        services.join(", ")
+        services.join(", "),
+        node_ports.join(", ")
     )
 }
 

@@ -16,6 +16,9 @@ use super::server::{BULK, Server, TCP, UDP};
 use super::services;
 use super::traffic::{Arguments, Kind, Sample};
 
+/// Most bytes that a connection's socket buffers hold at both ends (net.ipv4.tcp_wmem, tcp_rmem).
+const BUFFERS: u64 = 16 << 20;
+
 /// What lies between client and backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
@@ -29,13 +32,23 @@ pub(crate) enum Way {
     Nftables,
     /// Sheave's tc programs.
     SheaveTc,
-    /// Sheave's connect-time programs.
+    /// Sheave's connect-time programs for every pod (`--connect all`).
     SheaveConnect,
+    /// The same for TCP alone (`--connect tcp`); datagrams meet the tc programs.
+    SheaveConnectTcp,
+    /// A process of the node itself knows the pod's address.
+    HostDirect,
+    /// It asks a service: Sheave's connect-time programs (`--connect host`).
+    SheaveHost,
     /// A client outside knows the address of a pod on another node, and is routed there and back by this node.
     RemoteDirect,
-    /// It asks this node's nodePort: Sheave's tc programs, with SNAT.
+    /// It asks this node's nodePort: kube-proxy's iptables rules, with SNAT.
+    NodePortIptables,
+    /// The same with its nftables rules.
+    NodePortNftables,
+    /// The same with Sheave's tc programs.
     NodePortTc,
-    /// The same with XDP.
+    /// The same with its XDP program.
     NodePortXdp,
 }
 
@@ -43,21 +56,36 @@ impl Way {
     /// As figures call it.
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Self::Direct => "direct",
+            Self::Direct | Self::RemoteDirect => "direct",
             Self::DirectTracked => "direct with conntrack",
-            Self::Iptables => "iptables",
-            Self::Nftables => "nftables",
-            Self::SheaveTc => "sheave tc",
-            Self::SheaveConnect => "sheave connect-time",
-            Self::RemoteDirect => "direct",
-            Self::NodePortTc => "sheave tc",
+            Self::Iptables | Self::NodePortIptables => "iptables",
+            Self::Nftables | Self::NodePortNftables => "nftables",
+            Self::SheaveTc | Self::NodePortTc => "sheave tc",
+            Self::SheaveConnect => "sheave connect all",
+            Self::SheaveConnectTcp => "sheave connect tcp",
+            Self::HostDirect => "direct from the host",
+            Self::SheaveHost => "sheave connect host",
             Self::NodePortXdp => "sheave xdp",
+        }
+    }
+
+    /// `--connect` of the agent, where there is one.
+    fn connect(self) -> Option<&'static str> {
+        match self {
+            Self::SheaveTc | Self::NodePortTc | Self::NodePortXdp => Some("off"),
+            Self::SheaveConnect => Some("all"),
+            Self::SheaveConnectTcp => Some("tcp"),
+            Self::SheaveHost => Some("host"),
+            _ => None,
         }
     }
 
     /// Whether the client is outside and the backend on the other node.
     fn is_remote(self) -> bool {
-        matches!(self, Self::RemoteDirect | Self::NodePortTc | Self::NodePortXdp)
+        matches!(
+            self,
+            Self::RemoteDirect | Self::NodePortIptables | Self::NodePortNftables | Self::NodePortTc | Self::NodePortXdp
+        )
     }
 }
 
@@ -87,30 +115,39 @@ impl Variant {
         let (node, backend) = (&cluster.nodes[0], backend(&cluster, way));
         let server = Server::start(&backend.namespace, &backend.name)?;
         let (mut agent, mut manifests) = (None, None);
+        if remote {
+            // This node sends everything back where it came from, and means it.
+            for interface in ["all", "eth0"] {
+                node.namespace.sysctl(&format!("ipv4/conf/{interface}/send_redirects"), "0")?;
+            }
+        }
         match way {
-            Way::Direct => {}
+            Way::Direct | Way::HostDirect => {}
             Way::DirectTracked => {
                 let rules = "table ip tracked { chain forward { type filter hook forward priority filter; ct state invalid drop; }\n}";
                 feed(&node.namespace, "nft", &["-f", "-"], rules)?;
             }
-            Way::Iptables => {
+            Way::Iptables | Way::NodePortIptables => {
                 feed(&node.namespace, "iptables-restore", &[], &services::iptables(services, backend.address))?;
             }
-            Way::Nftables => {
-                feed(&node.namespace, "nft", &["-f", "-"], &services::nftables(services, backend.address))?;
+            Way::Nftables | Way::NodePortNftables => {
+                let rules = services::nftables(services, backend.address, node.address);
+                feed(&node.namespace, "nft", &["-f", "-"], &rules)?;
             }
             Way::RemoteDirect => {
                 cluster.client.ip(&[format!("route add {}/32 via {}", backend.address, node.address)])?;
                 let back = format!("route add {CLIENT}/32 via {}", node.address);
                 cluster.nodes[1].namespace.ip(&[back])?;
-                for interface in ["all", "eth0"] {
-                    node.namespace.sysctl(&format!("ipv4/conf/{interface}/send_redirects"), "0")?;
-                }
             }
-            Way::SheaveTc | Way::SheaveConnect | Way::NodePortTc | Way::NodePortXdp => {
+            Way::SheaveTc
+            | Way::SheaveConnect
+            | Way::SheaveConnectTcp
+            | Way::SheaveHost
+            | Way::NodePortTc
+            | Way::NodePortXdp => {
                 let folder = Manifests::for_node(node)?;
                 folder.objects("services", &services::objects(services, backend.address, &backend.node))?;
-                let connect = if way == Way::SheaveConnect { "all" } else { "off" };
+                let connect = way.connect().context("a way with an agent")?;
                 let xdp = if way == Way::NodePortXdp { "native" } else { "off" };
                 let arguments =
                     ["--xdp", xdp, "--connect", connect, "--healthz-bind-address", "", "--metrics-bind-address", ""];
@@ -124,20 +161,25 @@ impl Variant {
     /// Where a service's port is asked for.
     fn target(&self, service: u32, port: u16) -> SocketAddr {
         match self.way {
-            Way::Direct | Way::DirectTracked | Way::RemoteDirect => {
+            Way::Direct | Way::DirectTracked | Way::RemoteDirect | Way::HostDirect => {
                 (backend(&self.cluster, self.way).address, port).into()
             }
-            Way::NodePortTc | Way::NodePortXdp => (self.cluster.nodes[0].address, services::node_port(port)).into(),
+            way if way.is_remote() => (self.cluster.nodes[0].address, services::node_port(port)).into(),
             _ => (services::address(service), port).into(),
         }
     }
 
-    /// A client's command: in the first pod or outside, and in the agent's cgroup where the programs there are what is measured.
+    /// A client's command: in the first pod, on the node or outside, and in the agent's cgroup where the programs there are
+    /// what is measured.
     fn client(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
-        let remote = self.way.is_remote();
-        let namespace = if remote { &self.cluster.client } else { &self.cluster.nodes[0].pods[0].namespace };
+        let node = &self.cluster.nodes[0];
+        let namespace = match self.way {
+            Way::HostDirect | Way::SheaveHost => &node.namespace,
+            way if way.is_remote() => &self.cluster.client,
+            _ => &node.pods[0].namespace,
+        };
         match &self.agent {
-            Some(agent) if self.way == Way::SheaveConnect => agent.bystander_command(namespace, program),
+            Some(agent) if self.way.connect() != Some("off") => agent.bystander_command(namespace, program),
             _ => namespace.command(program),
         }
     }
@@ -175,7 +217,7 @@ impl Variant {
         let received = &report["end"]["sum_received"];
         let arrived = received["bytes"].as_u64().context("iperf3's report has no sum_received")?;
         // What is still in socket buffers when the client ends is not counted.
-        ensure!(arrived >= bytes / 10 * 8, "{arrived} of {bytes} bytes arrived");
+        ensure!(arrived + BUFFERS >= bytes, "{arrived} of {bytes} bytes arrived");
         received["bits_per_second"].as_f64().context("iperf3's report has no rate")
     }
 }

@@ -12,8 +12,8 @@ use sheave_tests::family::Family;
 use sheave_tests::process::eventually;
 use sheave_tests::program::{Programs, XDP_TX};
 use sheave_tests::raw_bpf::{
-    ADD, AND, ATOMIC_ADD, Array, COPY, EXIT, JUMP_ABOVE, JUMP_UNLESS, Kind, LOAD_WORD, MOVE, Program, element_address,
-    instruction, live_frames,
+    ADD, AND, ATOMIC_ADD, Array, CALL, COPY, EXIT, JUMP_ABOVE, JUMP_IF, JUMP_UNLESS, Kind, LOAD_WORD, MOVE, Program,
+    STORE_IMMEDIATE, STORE_WORD, element_address, instruction, live_frames,
 };
 use sheave_tests::wire;
 
@@ -32,10 +32,12 @@ const TRIES: u32 = 5;
 /// XDP_DROP
 const DROP: i32 = 1;
 
-/// Rates of one direction.
+/// Frames per second of one direction.
 #[derive(Default)]
 struct Rates {
     untouched: Vec<f64>,
+    /// What no router can do without: `bpf_fib_lookup` says where each frame goes, and nothing else is done.
+    looked_up: Vec<f64>,
     forwarded: Vec<f64>,
 }
 
@@ -45,6 +47,7 @@ pub(crate) fn measure(effort: &Effort, findings: &mut Findings, progress: &Progr
         let uplink = node::uplink()?;
         let (mut programs, backends) = node::programs(uplink, super::DEFAULT_FLOWS)?;
         let untouched = Program::load(Kind::Xdp, &[instruction(MOVE, 0, 0, 0, XDP_TX), EXIT])?;
+        let fib_lookup = fib_lookup(uplink)?;
         for (family, backends) in Family::BOTH.into_iter().zip(backends) {
             let circle = Circle {
                 family,
@@ -67,9 +70,12 @@ pub(crate) fn measure(effort: &Effort, findings: &mut Findings, progress: &Progr
                 for round in 0..=effort.rounds {
                     progress.step(&format!("{family} {name}, round {round} of {}", effort.rounds));
                     let plain = counter.rate(|| Ok(live_frames(untouched.descriptor(), &packet, uplink, FRAMES)?))?;
+                    let looked_up =
+                        counter.rate(|| Ok(live_frames(fib_lookup.descriptor(), &packet, uplink, FRAMES)?))?;
                     let forwarded = counter.rate(|| programs.xdp_live(&packet, uplink, FRAMES))?;
                     if round > 0 {
                         rates.untouched.push(plain);
+                        rates.looked_up.push(looked_up);
                         rates.forwarded.push(forwarded);
                     }
                 }
@@ -93,6 +99,31 @@ fn report(rates: Rates, case: &str, findings: &mut Findings) {
     findings.reach(Goal::new("XDP forwarding", case, "≥ 0.5 × XDP_TX untouched", Reach::AtLeast(0.5), &found));
     findings.add(format!("XDP live frames/sheave/{case}"), "1/s", Better::Higher, rates.forwarded);
     findings.add(format!("XDP live frames/XDP_TX untouched/{case}"), "1/s", Better::Higher, rates.untouched);
+    findings.add(format!("XDP live frames/XDP_TX after a FIB lookup/{case}"), "1/s", Better::Higher, rates.looked_up);
+}
+
+/// Looks the route to an IPv4 address beyond the router up, and sends every frame back as it came.
+fn fib_lookup(uplink: u32) -> Result<Program> {
+    /// `bpf_fib_lookup`
+    const FIB_LOOKUP: i32 = 69;
+    /// Size of `struct bpf_fib_lookup`.
+    const PARAMETERS: i16 = 64;
+    let mut code: Vec<u64> =
+        (0..PARAMETERS / 8).map(|word| instruction(STORE_IMMEDIATE, 10, 0, word * 8 - PARAMETERS, 0)).collect();
+    for (offset, value) in [(0, libc::AF_INET), (8, uplink.cast_signed()), (32, i32::from_le_bytes([10, 96, 0, 11]))] {
+        code.push(instruction(MOVE, 2, 0, 0, value));
+        code.push(instruction(STORE_WORD, 10, 2, offset - PARAMETERS, 0));
+    }
+    code.push(instruction(COPY, 2, 10, 0, 0));
+    code.push(instruction(ADD, 2, 0, 0, -i32::from(PARAMETERS)));
+    code.push(instruction(MOVE, 3, 0, 0, PARAMETERS.into()));
+    code.push(instruction(MOVE, 4, 0, 0, 0));
+    code.push(instruction(CALL, 0, 0, 0, FIB_LOOKUP));
+    // 0 is BPF_FIB_LKUP_RET_SUCCESS; otherwise the frame is dropped, and missed.
+    code.push(instruction(JUMP_IF, 0, 0, 2, 0));
+    code.extend([instruction(MOVE, 0, 0, 0, DROP), EXIT]);
+    code.extend([instruction(MOVE, 0, 0, 0, XDP_TX), EXIT]);
+    Ok(Program::load(Kind::Xdp, &code)?)
 }
 
 /// The other end of the uplink: counts the circle's frames, and drops them all.
