@@ -14,6 +14,30 @@ use crate::{features, observe, versioned};
 /// How often a choice starts again when the set changed under it.
 const ATTEMPTS: u32 = 3;
 
+/// What is remembered of a client, in one word: BPF functions take five arguments.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Last(u64);
+
+impl Last {
+    /// Nothing: no backend has the id 0.
+    const NONE: Self = Self(0);
+
+    #[inline(always)]
+    fn new(affinity: Affinity) -> Self {
+        Self(u64::from(affinity.backend_id) << 32 | u64::from(affinity.last_new_connection))
+    }
+
+    #[inline(always)]
+    fn backend_id(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+
+    #[inline(always)]
+    fn new_connection(self) -> u32 {
+        self.0 as u32
+    }
+}
+
 /// Where a new connection comes from.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
@@ -97,15 +121,18 @@ fn choose_into<A: Family>(
             return Err(if nowhere { DropReason::NoEndpoint } else { DropReason::NoLocalEndpoint });
         }
         let needed = if local { backend::flags::IN_LOCAL_SET } else { backend::flags::IN_CLUSTER_SET };
-        let mut stale = 0;
+        let mut last = Last::NONE;
         if frontend.affinity_seconds != 0 {
-            stale = remembered::<A>(frontend.service_id, frontend.affinity_seconds, client, now);
-            if stale != 0 && candidate(stale, frontend.service_id, needed, choice) == Ok(true) {
-                remember(frontend.service_id, client, stale, now);
+            last = remembered::<A>(frontend.service_id, client);
+            if last != Last::NONE
+                && features::elapsed(last.new_connection(), now) < frontend.affinity_seconds
+                && candidate(last.backend_id(), frontend.service_id, needed, choice) == Ok(true)
+            {
+                remember(frontend.service_id, client, last.backend_id(), now);
                 return Ok(());
             }
         }
-        let index = set.first + number(&frontend, key, client, from) % set.length;
+        let index = set.first + number(&frontend, key, client, from, last) % set.length;
         let Some(id) = BACKEND_TABLE.get(index) else { continue };
         // SAFETY: an aligned word of an array element, which may be written at the same time; it is checked below.
         let id = unsafe { core::ptr::from_ref(id).read_volatile() };
@@ -115,7 +142,7 @@ fn choose_into<A: Family>(
         if frontend.affinity_seconds == 0 {
             return Ok(());
         }
-        let bound = bind(frontend.service_id, client, id, stale, now);
+        let bound = bind(frontend.service_id, client, last, id, now);
         if bound == id || candidate(bound, frontend.service_id, needed, choice)? {
             return Ok(());
         }
@@ -125,16 +152,21 @@ fn choose_into<A: Family>(
 
 /// The number that decides on an element of a set's run.
 #[inline(always)]
-fn number<A: Family>(frontend: &Frontend, key: &FrontendKey<A>, client: &A, from: From) -> u32 {
-    match frontend.algorithm {
-        algorithm::ROUND_ROBIN => observe::connections(frontend.service_id),
-        algorithm::MAGLEV => {
-            let port_be = if frontend.affinity_seconds == 0 { from.port_be() } else { 0 };
-            hash(client, port_be, key.port_be, key.protocol)
-        }
-        // SAFETY: the helper takes no arguments.
-        _ => unsafe { bpf_get_prandom_u32() },
+fn number<A: Family>(frontend: &Frontend, key: &FrontendKey<A>, client: &A, from: From, last: Last) -> u32 {
+    if frontend.algorithm == algorithm::MAGLEV {
+        let port_be = if frontend.affinity_seconds == 0 { from.port_be() } else { 0 };
+        return hash(client, port_be, key.port_be, key.protocol);
     }
+    if last != Last::NONE {
+        // An element can't be replaced only if it is still the one that was read. So all who replace one write the same, and
+        // two connections of one client that come at once go to one backend.
+        return hash(client, last.backend_id() as u16, last.new_connection() as u16, key.protocol);
+    }
+    if frontend.algorithm == algorithm::ROUND_ROBIN {
+        return observe::connections(frontend.service_id);
+    }
+    // SAFETY: the helper takes no arguments.
+    unsafe { bpf_get_prandom_u32() }
 }
 
 /// [`client_hash`]. A function of its own in the kernel too, for its stack.
@@ -168,37 +200,30 @@ fn candidate<A: Family>(
     Ok(true)
 }
 
-/// The id of the backend of the client's last connection if that is recent; 0 if not. A function of its own in the kernel
-/// too, for its stack.
+/// The client's last new connection, however long ago. A function of its own in the kernel too, for its stack.
 #[inline(never)]
-fn remembered<A: Family>(service_id: u32, seconds: u32, client: &A, now: u32) -> u32 {
-    let key = AffinityKey { service_id, client: *client };
-    let Some(affinity) = A::affinity(&key) else { return 0 };
+fn remembered<A: Family>(service_id: u32, client: &A) -> Last {
+    let Some(affinity) = A::affinity(&AffinityKey { service_id, client: *client }) else { return Last::NONE };
     // SAFETY: a map value stays readable while the program runs; what is read is checked by `candidate`.
-    let affinity = unsafe { maps::copy(affinity) };
-    if features::elapsed(affinity.last_new_connection, now) >= seconds { 0 } else { affinity.backend_id }
+    Last::new(unsafe { maps::copy(affinity) })
 }
 
-/// Binds a client that is not bound, or to `stale`, which can't be used, to a backend; returns the one that it is bound to:
+/// Binds a client to a backend in place of what was `remembered` of it; returns the id of the one that it is bound to:
 /// another CPU may have been faster with another of its connections. A function of its own in the kernel too, for its stack.
 #[inline(never)]
-fn bind<A: Family>(service_id: u32, client: &A, id: u32, stale: u32, now: u32) -> u32 {
+fn bind<A: Family>(service_id: u32, client: &A, last: Last, backend_id: u32, now: u32) -> u32 {
     let key = AffinityKey { service_id, client: *client };
-    let new = Affinity { backend_id: id, last_new_connection: now };
-    if A::insert_affinity(&key, &new, NOEXIST).is_ok() {
-        return id;
+    let new = Affinity { backend_id, last_new_connection: now };
+    if last == Last::NONE && A::insert_affinity(&key, &new, NOEXIST).is_ok() {
+        return backend_id;
     }
-    if let Some(affinity) = A::affinity(&key) {
-        // SAFETY: a map value stays readable while the program runs; what is read is checked by `candidate`.
-        let affinity = unsafe { maps::copy(affinity) };
-        // One that was bound in this second.
-        if affinity.backend_id != stale && features::elapsed(affinity.last_new_connection, now) == 0 {
-            return affinity.backend_id;
-        }
+    let current = remembered(service_id, client);
+    if current != Last::NONE && current != last {
+        return current.backend_id();
     }
     // An LRU map makes room; if it can't, the client's next connection is a fresh choice.
     let _ = A::insert_affinity(&key, &new, ANY);
-    id
+    backend_id
 }
 
 /// Remembers a client's backend. A function of its own in the kernel too, for its stack.

@@ -41,6 +41,14 @@ fn web(scenario: &Scenario, pods: &[&Pod], seconds: u32) -> Result<()> {
         let mut rows = shown.as_array().into_iter().flatten().peekable();
         let backends = |row: &Value| row["cluster_backends"].as_array().map_or(0, Vec::len);
         rows.peek().is_some() && rows.all(|row| row["affinity_seconds"] == seconds && backends(row) == pods.len())
+    })?;
+    // Those that left are forgotten a few writes later.
+    eventually(Duration::from_secs(5), || {
+        let shown: Value = serde_json::from_str(&scenario.agent.view("backends", &["-o", "json"])?)?;
+        let stays = |row: &Value| pods.iter().any(|pod| row["address"] == pod.address.to_string());
+        let mut rows = shown.as_array().into_iter().flatten();
+        ensure!(rows.all(|row| stays(row) == (row["state"] != "removed")), "{shown:#}");
+        Ok(())
     })
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-use sheave_common::backend::flags::{IN_CLUSTER_SET, IN_LOCAL_SET, LOCAL, SERVING, TERMINATING};
+use sheave_common::backend::flags::{IN_CLUSTER_SET, IN_LOCAL_SET, IN_USE, LOCAL, SERVING, TERMINATING};
 use sheave_common::frontend::{BackendSet, flags};
 use sheave_common::service_name::TEXT_LENGTH;
 
@@ -14,9 +14,6 @@ use super::reclaim::Queue;
 use super::spread::spread;
 use super::write::{Backend, Batch, Frontend, FrontendAddress, Operation, Owner, Write};
 use crate::model::desired::{Algorithm, Endpoint, EndpointSets, ServicePort, ServicePortName};
-
-/// Packets may reach a backend with one of these.
-const IN_USE: u32 = IN_CLUSTER_SET | IN_LOCAL_SET | SERVING;
 
 /// Why a service port can't be put into the kernel.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -31,11 +31,22 @@ pub(super) fn rows(snapshot: &Snapshot) -> Vec<BackendRow> {
             protocol: snapshot.protocol(backend.service_id).map(protocol_name).unwrap_or_default(),
             address: backend.address.ip().to_string(),
             port: backend.address.port(),
-            state: if backend.flags & flags::TERMINATING == 0 { "ready" } else { "terminating" },
+            state: state(backend.flags),
             local: backend.flags & flags::LOCAL != 0,
             weight: backend.weight,
         })
         .collect()
+}
+
+/// A removed backend is known to the connections that it has, and to nobody else.
+fn state(bits: u32) -> &'static str {
+    if bits & flags::IN_USE == 0 {
+        "removed"
+    } else if bits & flags::TERMINATING != 0 {
+        "terminating"
+    } else {
+        "ready"
+    }
 }
 
 impl Row for BackendRow {

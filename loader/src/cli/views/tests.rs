@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use sheave_common::backend::flags::IN_CLUSTER_SET;
 use sheave_common::config::Timeouts;
 use sheave_common::flow::{closing, flags as flow_flags, state};
 use sheave_common::frontend::flags;
@@ -40,11 +41,12 @@ fn maps() -> Snapshot {
             frontend("[fd00::7]:80", PROTOCOL_TCP, 7, flags::CLUSTER_IP, 600, &[50], &[]),
         ],
         backends: BTreeMap::from([
-            (3, backend(7, "10.244.0.5:8080", backend::flags::LOCAL)),
-            (12, backend(7, "10.244.0.12:8080", 0)),
-            (40, backend(9, "10.244.0.2:53", backend::flags::LOCAL | backend::flags::TERMINATING)),
-            (41, backend(9, "10.244.1.2:53", 0)),
-            (50, backend(7, "[fd00:1::5]:8080", 0)),
+            (3, backend(7, "10.244.0.5:8080", backend::flags::LOCAL | IN_CLUSTER_SET)),
+            (11, backend(7, "10.244.0.4:8080", 0)),
+            (12, backend(7, "10.244.0.12:8080", IN_CLUSTER_SET)),
+            (40, backend(9, "10.244.0.2:53", backend::flags::LOCAL | backend::flags::TERMINATING | IN_CLUSTER_SET)),
+            (41, backend(9, "10.244.1.2:53", IN_CLUSTER_SET)),
+            (50, backend(7, "[fd00:1::5]:8080", IN_CLUSTER_SET)),
         ]),
         source_ranges: BTreeMap::new(),
         counters: None,
@@ -185,6 +187,7 @@ kube-system/dns:dns  UDP       ClusterIP  10.96.0.10:53  Cluster  -         2   
 fn backends_as_a_table_and_as_json() {
     let expected = "\
 ID  SERVICE              PROTOCOL  ADDRESS           STATE        LOCAL  WEIGHT
+11  default/web:http     TCP       10.244.0.4:8080   removed      no     1
 3   default/web:http     TCP       10.244.0.5:8080   ready        yes    1
 12  default/web:http     TCP       10.244.0.12:8080  ready        no     1
 50  default/web:http     TCP       [fd00:1::5]:8080  ready        no     1
