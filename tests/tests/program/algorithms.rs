@@ -58,11 +58,12 @@ fn round_robin_gives_every_backend_its_turn() {
 #[test]
 fn two_nodes_choose_the_same_backend_for_a_client_by_maglev() {
     let mut here = programs(Algorithm::Maglev);
-    // The other node has served before: its ids are others.
+    // The other node has served before, so its ids are others, and it heard of the endpoints in another order.
     let mut there = Programs::load().expect("programs load");
     there.service(&cluster_ip(7, PROTOCOL_UDP, "10.96.0.99:53", &["10.1.0.2:53", "10.1.0.3:53"])).expect("service");
     there.set_algorithm(Algorithm::Maglev);
-    there.service(&cluster_ip(9, PROTOCOL_TCP, VIP, &BACKENDS)).expect("service");
+    let [first, second, third] = BACKENDS;
+    there.service(&cluster_ip(9, PROTOCOL_TCP, VIP, &[third, first, second])).expect("service");
     let first = chosen(&mut here, clients(500));
     assert_eq!(first, chosen(&mut there, clients(500)));
     let mut counts = BTreeMap::<&str, u32>::new();
