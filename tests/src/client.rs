@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::family::Family;
+use crate::patience::patient;
 
 /// How long a connection or an answer may take. Long enough for one lost SYN.
 pub const LIMIT: Duration = Duration::from_secs(5);
@@ -109,8 +110,8 @@ impl Answers {
 /// If it isn't connected and answered in time.
 pub fn who(target: SocketAddr) -> Result<Answer> {
     let mut connection =
-        TcpStream::connect_timeout(&target, LIMIT).with_context(|| format!("connecting to {target}"))?;
-    connection.set_read_timeout(Some(LIMIT))?;
+        TcpStream::connect_timeout(&target, patient(LIMIT)).with_context(|| format!("connecting to {target}"))?;
+    connection.set_read_timeout(Some(patient(LIMIT)))?;
     let mut answer = String::new();
     connection.read_to_string(&mut answer).with_context(|| {
         let port = connection.local_addr().map_or(0, |own| own.port());
@@ -124,8 +125,9 @@ pub fn who(target: SocketAddr) -> Result<Answer> {
 /// # Errors
 /// If it isn't connected and answered in time.
 pub fn who_and_close(target: SocketAddr) -> Result<Answer> {
-    let connection = TcpStream::connect_timeout(&target, LIMIT).with_context(|| format!("connecting to {target}"))?;
-    connection.set_read_timeout(Some(LIMIT))?;
+    let connection =
+        TcpStream::connect_timeout(&target, patient(LIMIT)).with_context(|| format!("connecting to {target}"))?;
+    connection.set_read_timeout(Some(patient(LIMIT)))?;
     let mut line = String::new();
     io::BufReader::new(connection).read_line(&mut line).with_context(|| format!("waiting for {target}"))?;
     Answer::parse(&line)
@@ -240,7 +242,7 @@ impl Conversation {
     /// If it isn't connected and answered in time.
     pub fn open(target: SocketAddr) -> Result<Self> {
         let connection =
-            TcpStream::connect_timeout(&target, LIMIT).with_context(|| format!("connecting to {target}"))?;
+            TcpStream::connect_timeout(&target, patient(LIMIT)).with_context(|| format!("connecting to {target}"))?;
         Self::over(connection)
     }
 
@@ -253,8 +255,8 @@ impl Conversation {
     }
 
     fn over(mut connection: TcpStream) -> Result<Self> {
-        connection.set_read_timeout(Some(LIMIT))?;
-        connection.set_write_timeout(Some(LIMIT))?;
+        connection.set_read_timeout(Some(patient(LIMIT)))?;
+        connection.set_write_timeout(Some(patient(LIMIT)))?;
         let mut line = Vec::new();
         let mut byte = [0];
         while byte != *b"\n" {
@@ -339,7 +341,7 @@ pub fn udp_to(target: SocketAddr) -> Result<UdpSocket> {
 /// # Errors
 /// If no answer comes in time, or not the payload that was sent.
 pub fn ask_udp_with(socket: &UdpSocket, payload: &str) -> Result<Answer> {
-    socket.set_read_timeout(Some(LIMIT))?;
+    socket.set_read_timeout(Some(patient(LIMIT)))?;
     socket.send(payload.as_bytes()).context("sending a datagram")?;
     let mut buffer = vec![0; 65_536];
     let length = socket.recv(&mut buffer).context("waiting for a datagram")?;
@@ -380,7 +382,7 @@ fn connect_from(source: SocketAddr, target: SocketAddr) -> Result<TcpStream> {
     let started = Instant::now();
     loop {
         match try_connect_from(source, target) {
-            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable && started.elapsed() < LIMIT => {
+            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable && started.elapsed() < patient(LIMIT) => {
                 std::thread::sleep(Duration::from_millis(1));
             }
             outcome => return outcome.with_context(|| format!("connecting {source} to {target}")),
@@ -396,8 +398,8 @@ fn try_connect_from(source: SocketAddr, target: SocketAddr) -> io::Result<TcpStr
     let socket =
         unsafe { OwnedFd::from_raw_fd(checked(libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0))?) };
     let connection = TcpStream::from(socket);
-    connection.set_write_timeout(Some(LIMIT))?;
-    connection.set_read_timeout(Some(LIMIT))?;
+    connection.set_write_timeout(Some(patient(LIMIT)))?;
+    connection.set_read_timeout(Some(patient(LIMIT)))?;
     let one: libc::c_int = 1;
     let ((own, own_size), (other, other_size)) = (to_c(source), to_c(target));
     // SAFETY: the option's value and both addresses are of the sizes given and outlive the calls.

@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result};
 use serde_json::Value;
 
 use crate::client::LIMIT;
+use crate::patience::patient;
 
 /// An answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,8 +36,9 @@ impl Answer {
 /// # Errors
 /// If nobody answers, or not in HTTP.
 pub fn get(address: SocketAddr, path: &str) -> Result<Answer> {
-    let mut stream = TcpStream::connect_timeout(&address, LIMIT).with_context(|| format!("connecting to {address}"))?;
-    stream.set_read_timeout(Some(LIMIT))?;
+    let mut stream =
+        TcpStream::connect_timeout(&address, patient(LIMIT)).with_context(|| format!("connecting to {address}"))?;
+    stream.set_read_timeout(Some(patient(LIMIT)))?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
     let mut text = String::new();
     stream.read_to_string(&mut text).with_context(|| format!("an answer from {address}{path}"))?;

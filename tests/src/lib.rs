@@ -24,6 +24,7 @@ pub mod netns;
 pub mod objects;
 pub mod oracle;
 pub mod packet;
+pub mod patience;
 pub mod process;
 pub mod program;
 pub mod raw_bpf;

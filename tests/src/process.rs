@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::patience::patient;
+
 /// A running child process; killed on drop. Its output is printed if the test is panicking then.
 #[derive(Debug)]
 pub struct Process {
@@ -54,7 +56,7 @@ impl Process {
     /// # Errors
     /// If it ends or the time is up first; with its output.
     pub fn wait_for(&mut self, text: &str, limit: Duration) -> Result<()> {
-        let started = Instant::now();
+        let (started, limit) = (Instant::now(), patient(limit));
         while !self.log().contains(text) {
             self.check_alive()?;
             if started.elapsed() > limit {
@@ -82,7 +84,7 @@ impl Process {
     /// # Errors
     /// If it fails, or doesn't end in time.
     pub fn finish(mut self, limit: Duration) -> Result<String> {
-        let started = Instant::now();
+        let (started, limit) = (Instant::now(), patient(limit));
         loop {
             if let Some(status) = self.child.try_wait()? {
                 for reader in self.readers.drain(..) {
@@ -155,7 +157,7 @@ pub fn built(program: &str) -> Result<PathBuf> {
 /// # Errors
 /// The last error, when the time is up.
 pub fn eventually<T>(limit: Duration, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
-    let started = Instant::now();
+    let (started, limit) = (Instant::now(), patient(limit));
     loop {
         match attempt() {
             Ok(value) => return Ok(value),

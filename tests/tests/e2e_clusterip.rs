@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use sheave_tests::client::{self, Conversation};
 use sheave_tests::family::Family;
 use sheave_tests::manifests::Service;
+use sheave_tests::patience::patient;
 use sheave_tests::scenario::Scenario;
 use sheave_tests::server;
 use sheave_tests::topology::{NodeNetwork, Pod, PodNetwork, Shape};
@@ -178,7 +179,8 @@ fn a_service_without_endpoints_and_an_unknown_port_refuse_at_once() -> Result<()
         scenario.publish(&web(), [scenario.pod(1, 2)])?;
         for target in [scenario.at(empty, 80), scenario.at(empty6, 80), scenario.at(WEB, 81), scenario.at(WEB6, 81)] {
             let started = Instant::now();
-            let refused = client.namespace.run(|| std::net::TcpStream::connect_timeout(&target, client::LIMIT));
+            let refused =
+                client.namespace.run(|| std::net::TcpStream::connect_timeout(&target, patient(client::LIMIT)));
             let error = refused.err().with_context(|| format!("{target} accepted a connection"))?;
             ensure!(error.kind() == std::io::ErrorKind::ConnectionRefused, "{target}: {error}");
             ensure!(started.elapsed() < Duration::from_millis(500), "{target} took {:?}", started.elapsed());

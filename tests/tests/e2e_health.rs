@@ -12,6 +12,7 @@ use sheave_tests::http::{self, Answer};
 use sheave_tests::kube_api::{KubeApi, Resource};
 use sheave_tests::leftovers::unique_name;
 use sheave_tests::netns::Namespace;
+use sheave_tests::patience::patient;
 use sheave_tests::process::eventually;
 use sheave_tests::scenario::Scenario;
 use sheave_tests::server;
@@ -103,7 +104,7 @@ fn counts(from: &Namespace, port: u16, endpoints: u64) -> Result<Answer> {
 
 /// Waits until nobody serves a port of an address.
 fn is_refused(from: &Namespace, address: SocketAddr) -> Result<()> {
-    eventually(SOON, || match from.run(|| std::net::TcpStream::connect_timeout(&address, client::LIMIT)) {
+    eventually(SOON, || match from.run(|| std::net::TcpStream::connect_timeout(&address, patient(client::LIMIT))) {
         Ok(_) => bail!("{address} accepts connections"),
         Err(error) => {
             ensure!(error.kind() == std::io::ErrorKind::ConnectionRefused, "{address}: {error}");

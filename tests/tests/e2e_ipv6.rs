@@ -11,6 +11,7 @@ use sheave_tests::client::{self, Conversation, at};
 use sheave_tests::family::Family;
 use sheave_tests::manifests::{Endpoint, Service};
 use sheave_tests::netns::Namespace;
+use sheave_tests::patience::patient;
 use sheave_tests::process::eventually;
 use sheave_tests::scenario::Scenario;
 use sheave_tests::server;
@@ -39,7 +40,7 @@ fn who(namespace: &Namespace, target: SocketAddr) -> Result<String> {
 }
 
 fn refused(namespace: &Namespace, target: SocketAddr) -> Result<()> {
-    let attempt = namespace.run(|| TcpStream::connect_timeout(&target, client::LIMIT));
+    let attempt = namespace.run(|| TcpStream::connect_timeout(&target, patient(client::LIMIT)));
     let error = attempt.err().with_context(|| format!("{target} accepted a connection"))?;
     ensure!(error.kind() == io::ErrorKind::ConnectionRefused, "{target}: {error}");
     Ok(())
@@ -107,7 +108,7 @@ fn a_service_of_one_family_leaves_the_other_alone() -> Result<()> {
     let (outside, own) = (&scenario.cluster.client, scenario.at(node.address, HTTP));
     refused(outside, own)?;
     let _listener = node.namespace.run(|| TcpListener::bind(own)).context("the port is the node's own by IPv4")?;
-    outside.run(|| TcpStream::connect_timeout(&own, client::LIMIT)).context("the node's own server")?;
+    outside.run(|| TcpStream::connect_timeout(&own, patient(client::LIMIT))).context("the node's own server")?;
     Ok(())
 }
 

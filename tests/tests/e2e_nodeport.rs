@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use sheave_tests::client::{self, Conversation, at};
 use sheave_tests::family::Family;
 use sheave_tests::manifests::Service;
+use sheave_tests::patience::patient;
 use sheave_tests::scenario::Scenario;
 use sheave_tests::server;
 use sheave_tests::topology::{NodeNetwork, Pod, PodNetwork, Shape, client_address};
@@ -304,7 +305,8 @@ fn a_node_port_without_endpoints_refuses_at_once() -> Result<()> {
         for family in Family::BOTH {
             let (tcp, udp) = (node_at(&scenario, family, 30_600), node_at(&scenario, family, 30_601));
             let started = Instant::now();
-            let attempt = scenario.cluster.client.run(|| std::net::TcpStream::connect_timeout(&tcp, client::LIMIT));
+            let attempt =
+                scenario.cluster.client.run(|| std::net::TcpStream::connect_timeout(&tcp, patient(client::LIMIT)));
             let error = attempt.err().context("a connection was accepted")?;
             ensure!(error.kind() == std::io::ErrorKind::ConnectionRefused, "{family}, XDP {xdp}: {error}");
             let refused = scenario.cluster.client.run(|| client::ask_udp(udp, "ping"));

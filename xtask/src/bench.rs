@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: builds with optimisation, then runs `tests/src/bin/bench` as root.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
@@ -16,6 +17,15 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
+    let bench = build()?;
+    if !process::is_root() {
+        eprintln!("bench: network namespaces and BPF need root, so it runs through sudo");
+    }
+    process::run(process::root(bench).args(&options.passed_on))
+}
+
+/// Builds the measuring program and what it measures, and says where it is.
+pub(crate) fn build() -> Result<PathBuf> {
     process::run(&mut process::cargo(&[
         "build",
         "--quiet",
@@ -29,9 +39,5 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         "--bin",
         "bench",
     ]))?;
-    if !process::is_root() {
-        eprintln!("bench: network namespaces and BPF need root, so it runs through sudo");
-    }
-    let bench = process::target_directory()?.join("release/bench");
-    process::run(process::root(bench).args(&options.passed_on))
+    Ok(process::target_directory()?.join("release/bench"))
 }

@@ -16,6 +16,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use sheave_tests::client::{self, Answers};
 use sheave_tests::family::Family;
 use sheave_tests::held;
+use sheave_tests::patience::patient;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -49,7 +50,7 @@ fn main() -> Result<()> {
         "udp-unconnected" => {
             let any = Family::of(target.ip()).pick(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED);
             let socket = UdpSocket::bind((any, 0))?;
-            socket.set_read_timeout(Some(client::LIMIT))?;
+            socket.set_read_timeout(Some(patient(client::LIMIT)))?;
             let mut turn = targets.iter().cycle();
             repeat(count, || {
                 std::thread::sleep(pause);
@@ -72,13 +73,13 @@ fn repeat(count: usize, mut ask: impl FnMut() -> Result<client::Answer>) -> Answ
 }
 
 fn shown_by_tcp(target: SocketAddr) -> Result<()> {
-    let connection = TcpStream::connect_timeout(&target, client::LIMIT);
+    let connection = TcpStream::connect_timeout(&target, patient(client::LIMIT));
     shows(connection.with_context(|| format!("connecting to {target}"))?.peer_addr()?, target)
 }
 
 fn connected(target: SocketAddr) -> Result<UdpSocket> {
     let socket = client::udp_to(target).with_context(|| format!("connecting to {target}"))?;
-    socket.set_read_timeout(Some(client::LIMIT))?;
+    socket.set_read_timeout(Some(patient(client::LIMIT)))?;
     shows(socket.peer_addr()?, target)?;
     Ok(socket)
 }

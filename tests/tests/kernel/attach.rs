@@ -29,7 +29,12 @@ fn every_program_attaches_with_what_this_kernel_has() -> Result<()> {
 /// Kernels before 6.6 would have no Services, because their way to attach is broken.
 #[test]
 fn every_program_attaches_without_tcx() -> Result<()> {
-    attach(Features { tcx: false, ..Features::detect() })
+    let features = Features::detect();
+    if !features.tcx {
+        println!("left out: this kernel has no TCX, so it is what the other test does");
+        return Ok(());
+    }
+    attach(Features { tcx: false, ..features })
 }
 
 fn attach(features: Features) -> Result<()> {

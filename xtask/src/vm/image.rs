@@ -32,9 +32,9 @@ pub(super) fn make(kernel: &Kernel, script: &str, folder: &Path) -> Result<PathB
     fs::set_permissions(root.join("init"), fs::Permissions::from_mode(0o755))?;
     fs::write(root.join("run.sh"), script)?;
     let mut names = Vec::new();
-    for module in order(kernel)? {
+    for module in kernel.modules.as_deref().map(order).transpose()?.unwrap_or_default() {
         let name = module.file_name().context("a module is a file")?.to_owned();
-        fs::copy(kernel.modules.join(&module), root.join("modules").join(&name))?;
+        fs::copy(&module, root.join("modules").join(&name))?;
         names.push(name.to_string_lossy().into_owned());
     }
     fs::write(root.join("modules/order"), names.join("\n"))?;
@@ -42,8 +42,8 @@ pub(super) fn make(kernel: &Kernel, script: &str, folder: &Path) -> Result<PathB
 }
 
 /// The needed modules' files in the order in which they can be loaded.
-fn order(kernel: &Kernel) -> Result<Vec<PathBuf>> {
-    let index = kernel.modules.join("modules.dep");
+fn order(modules: &Path) -> Result<Vec<PathBuf>> {
+    let index = modules.join("modules.dep");
     let text = fs::read_to_string(&index).with_context(|| index.display().to_string())?;
     let needs: BTreeMap<&str, Vec<&str>> = text
         .lines()
@@ -57,7 +57,7 @@ fn order(kernel: &Kernel) -> Result<Vec<PathBuf>> {
             add(module, &needs, &mut order);
         }
     }
-    Ok(order.into_iter().map(PathBuf::from).collect())
+    Ok(order.into_iter().map(|module| modules.join(module)).collect())
 }
 
 fn add<'a>(module: &'a str, needs: &BTreeMap<&'a str, Vec<&'a str>>, order: &mut Vec<&'a str>) {

@@ -23,7 +23,9 @@ done
 busybox mkdir -p /host /lib/modules /writes /root
 share=trans=virtio,version=9p2000.L,msize=524288
 busybox mount -t 9p -o "ro,cache=loose,$share" host /host || fail "cannot mount the host's file system"
-busybox mount -t 9p -o "ro,cache=loose,$share" modules /lib/modules || fail "cannot mount the kernel's modules"
+if [ -s /modules/order ]; then
+    busybox mount -t 9p -o "ro,cache=loose,$share" modules /lib/modules || fail "cannot mount the kernel's modules"
+fi
 busybox mount -t tmpfs writes /writes
 busybox mkdir /writes/upper /writes/work
 busybox mount -t overlay -o lowerdir=/host,upperdir=/writes/upper,workdir=/writes/work root /root || fail "no overlay"
@@ -35,12 +37,16 @@ busybox mount -t devpts devpts /root/dev/pts
 for folder in /tmp /run /dev/shm; do
     busybox mount -t tmpfs tmpfs "/root$folder"
 done
+# What is written here reaches the host.
+busybox mkdir /root/run/results
+busybox mount -t 9p -o "$share" results /root/run/results || fail "cannot mount the folder of results"
 busybox mount -t bpf bpf /root/sys/fs/bpf || fail "no BPF file system"
 busybox mount -t cgroup2 cgroup2 /root/sys/fs/cgroup || fail "no cgroup v2"
 # The kernel asks for modules by itself: veth, bridges, nftables' expressions. It looks in this first root.
 echo /sbin/modprobe >/proc/sys/kernel/modprobe
 for module in tun br_netfilter; do
-    busybox modprobe "$module" || fail "cannot load $module"
+    # Without modules, it is built in or some tests say what they miss.
+    [ ! -s /modules/order ] || busybox modprobe "$module" || fail "cannot load $module"
 done
 # As Debian's later kernels have it.
 echo 1 >/proc/sys/net/core/bpf_jit_enable

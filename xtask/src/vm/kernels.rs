@@ -1,28 +1,14 @@
-//! Kernels: Debian's, taken out of their packages without installing them, or a folder that someone made.
-//!
-//! Such a folder has `vmlinuz` and, unless everything is built in, `lib/modules/RELEASE` with its `modules.dep`.
+//! Kernels: Debian's, or any image.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, ensure};
 
-use super::existing;
-use crate::process::{self, output, say};
+use super::debian;
 
 /// The supported kernels and the Debian release that has each.
 const DEBIAN: [(&str, &str); 4] = [("5.10", "bullseye"), ("6.1", "bookworm"), ("6.12", "trixie"), ("7.2", "sid")];
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
-/// Drivers and file systems that no test needs, most of a kernel's 400 MB.
-const LEFT_OUT: &[&str] = &[
-    "*/kernel/drivers/[!nv]*",
-    "*/kernel/drivers/net/ethernet",
-    "*/kernel/drivers/net/wireless",
-    "*/kernel/fs/[!9fno]*",
-    "*/kernel/sound",
-    "*/usr/share",
-];
 
 /// A kernel on disk.
 pub(super) struct Kernel {
@@ -30,36 +16,55 @@ pub(super) struct Kernel {
     pub(super) release: String,
     /// The image.
     pub(super) image: PathBuf,
-    /// `lib/modules/RELEASE`.
-    pub(super) modules: PathBuf,
+    /// `lib/modules/RELEASE`; none if everything is built in.
+    pub(super) modules: Option<PathBuf>,
 }
 
 /// The kernels that a name stands for.
 pub(super) fn chosen(name: &str, folder: &Path) -> Result<Vec<Kernel>> {
     if name == "all" {
-        return DEBIAN.iter().map(|(version, suite)| debian(version, suite, folder)).collect();
+        return DEBIAN.iter().map(|(version, suite)| of_debian(version, suite, folder)).collect();
     }
     if let Some((version, suite)) = DEBIAN.iter().find(|(version, _)| *version == name) {
-        return Ok(vec![debian(version, suite, folder)?]);
+        return Ok(vec![of_debian(version, suite, folder)?]);
     }
     let known = DEBIAN.map(|(version, _)| version).join(", ");
     let kernel = Kernel::at(Path::new(name));
-    Ok(vec![kernel.with_context(|| format!("{name} is none of Debian's kernels ({known}), and no folder of one"))?])
+    Ok(vec![kernel.with_context(|| format!("{name} is none of Debian's kernels ({known}), and no kernel of yours"))?])
 }
 
 impl Kernel {
-    fn at(folder: &Path) -> Result<Self> {
-        let image = existing(folder, "vmlinuz").with_context(|| format!("no vmlinuz in {}", folder.display()))?;
-        let modules = folder.join("lib/modules");
-        let mut releases = fs::read_dir(&modules).with_context(|| modules.display().to_string())?;
-        let modules = releases.next().with_context(|| format!("{} is empty", modules.display()))??.path();
-        let release = modules.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        Ok(Self { release, image: image.canonicalize()?, modules: modules.canonicalize()? })
+    /// An image, or a folder with one called `vmlinuz`. Its modules are in `lib/modules/RELEASE` beside it, or beside its
+    /// folder as those of `/boot/vmlinuz-…` are.
+    fn at(path: &Path) -> Result<Self> {
+        let image = if path.is_dir() { path.join("vmlinuz") } else { path.to_owned() };
+        let image = image.canonicalize().with_context(|| image.display().to_string())?;
+        let release = release(&fs::read(&image)?).with_context(|| format!("{} is no bzImage", image.display()))?;
+        let places = image.ancestors().skip(1).take(2).map(|folder| folder.join("lib/modules").join(&release));
+        let modules = places.into_iter().find(|modules| modules.join("modules.dep").is_file());
+        Ok(Self { release, image, modules })
+    }
+
+    /// Its version's first two numbers, by which kernels are compared.
+    pub(super) fn version(&self) -> (u32, u32) {
+        let mut numbers = self.release.split(['.', '-']).map_while(|number| number.parse().ok());
+        (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
     }
 }
 
+/// What `uname -r` will say, as the image's header has it (Documentation/arch/x86/boot.rst: `HdrS` at 0x202, and at 0x20e
+/// where the text is, less 0x200).
+fn release(image: &[u8]) -> Option<String> {
+    if image.get(0x202..0x206)? != b"HdrS" {
+        return None;
+    }
+    let at = usize::from(u16::from_le_bytes(image.get(0x20e..0x210)?.try_into().ok()?)) + 0x200;
+    let word = image.get(at..)?.split(|byte| matches!(byte, 0 | b' ')).next()?;
+    Some(String::from_utf8_lossy(word).into_owned()).filter(|release| !release.is_empty())
+}
+
 /// A kernel of Debian's, downloaded the first time.
-fn debian(version: &str, suite: &str, folder: &Path) -> Result<Kernel> {
+fn of_debian(version: &str, suite: &str, folder: &Path) -> Result<Kernel> {
     let place = folder.join(version);
     if !place.exists() {
         let unfinished = folder.join(format!("{version}.part"));
@@ -67,142 +72,28 @@ fn debian(version: &str, suite: &str, folder: &Path) -> Result<Kernel> {
             fs::remove_dir_all(&unfinished)?;
         }
         fs::create_dir_all(&unfinished)?;
-        download(version, suite, &unfinished)?;
+        debian::download(version, suite, &unfinished)?;
         fs::rename(&unfinished, &place)?;
     }
-    Kernel::at(&place)
+    let kernel = Kernel::at(&place)?;
+    ensure!(kernel.modules.is_some(), "{} has no modules; remove it to get it again", place.display());
+    Ok(kernel)
 }
 
-/// Fills a folder with `vmlinuz` and `lib/modules`.
-fn download(version: &str, suite: &str, place: &Path) -> Result<()> {
-    say(&format!("getting kernel {version} from Debian's {suite} (about 100 MB; nothing is installed)"));
-    let apt = Apt::new(suite, place)?;
-    process::run(apt.command("apt-get").args(["update", "-q"]).stdout(Stdio::null()))?;
-    let start = format!("linux-image-{version}.");
-    let meta = apt.dependencies("linux-image-amd64")?;
-    let image = meta.iter().find(|package| package.starts_with(&start)).with_context(|| {
-        format!("Debian's {suite} has another kernel now ({}); name a folder instead", meta.join(", "))
-    })?;
-    // Newer packages are split.
-    let mut packages: Vec<String> = apt.dependencies(image)?;
-    packages.retain(|package| package.starts_with("linux-binary-") || package.starts_with("linux-modules-"));
-    if packages.is_empty() {
-        packages.push(image.clone());
-    }
-    process::run(apt.command("apt-get").args(["download", "-q"]).args(&packages).current_dir(place))?;
-    let files = place.join("files");
-    fs::create_dir(&files)?;
-    for package in fs::read_dir(place)?.collect::<Result<Vec<_>, _>>()? {
-        let path = package.path();
-        if path.extension().is_some_and(|extension| extension == "deb") {
-            unpack(&path, &files)?;
-            fs::remove_file(path)?;
-        }
-    }
-    arrange(&files, place)?;
-    fs::remove_dir_all(files)?;
-    Ok(fs::remove_dir_all(apt.folder)?)
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// apt with a source list and a state of its own.
-struct Apt {
-    folder: PathBuf,
-}
-
-impl Apt {
-    fn new(suite: &str, place: &Path) -> Result<Self> {
-        let folder = place.join("apt");
-        fs::create_dir_all(folder.join("lists/partial"))?;
-        fs::create_dir_all(folder.join("cache/archives/partial"))?;
-        let mirror = mirror()?;
-        let signed = if Path::new(KEYRING).exists() { format!(" signed-by={KEYRING}") } else { String::new() };
-        fs::write(folder.join("sources.list"), format!("deb [arch=amd64{signed}] {mirror} {suite} main\n"))?;
-        Ok(Self { folder: folder.canonicalize()? })
+    /// Another kernel's modules would be loaded, or none.
+    #[test]
+    fn an_images_release_is_read_from_its_header() {
+        let mut image = vec![0; 0x400];
+        assert_eq!(release(&image), None);
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x20e..0x210].copy_from_slice(&0x100_u16.to_le_bytes());
+        image[0x300..0x318].copy_from_slice(b"6.1.0-52-amd64 (builder)");
+        let release = release(&image).expect("a release");
+        assert_eq!(release, "6.1.0-52-amd64");
+        assert_eq!(Kernel { release, image: PathBuf::new(), modules: None }.version(), (6, 1));
     }
-
-    fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(program);
-        for (option, value) in [
-            ("Dir::Etc::sourcelist", self.folder.join("sources.list")),
-            ("Dir::Etc::sourceparts", "-".into()),
-            ("Dir::State::lists", self.folder.join("lists")),
-            ("Dir::Cache", self.folder.join("cache")),
-            ("Acquire::Languages", "none".into()),
-            ("Acquire::GzipIndexes", "true".into()),
-            ("Acquire::Retries", "3".into()),
-            ("Acquire::IndexTargets::deb::DEP-11::DefaultEnabled", "false".into()),
-            ("APT::Architecture", "amd64".into()),
-            // apt's own user can't read this folder.
-            ("APT::Sandbox::User", "root".into()),
-        ] {
-            command.arg("-o").arg(format!("{option}={}", value.display()));
-        }
-        command
-    }
-
-    /// Names of the packages that one depends on.
-    fn dependencies(&self, package: &str) -> Result<Vec<String>> {
-        let found = self.command("apt-cache").args(["depends", "--important", package]).output()?;
-        let text = String::from_utf8_lossy(&found.stdout).into_owned();
-        let names = text.lines().filter_map(|line| line.trim().strip_prefix("Depends: ")).map(str::to_owned);
-        Ok(names.collect())
-    }
-}
-
-/// The mirror of Debian that this machine uses.
-fn mirror() -> Result<String> {
-    let format = "$(ORIGIN) $(COMPONENT) $(RELEASE) $(REPO_URI)";
-    let targets = output("apt-get", &["indextargets", "--format", format, "Created-By: Packages"])
-        .context("apt does not say where it gets packages; name a folder with a kernel instead")?;
-    let mut targets = targets.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-    let mirror = targets.find_map(|fields| match fields[..] {
-        ["Debian", "main", suite, mirror] if !suite.ends_with("-security") => Some(mirror.to_owned()),
-        _ => None,
-    });
-    mirror.context("no mirror of Debian among apt's sources; name a folder with a kernel instead")
-}
-
-/// Unpacks what tests need of a package.
-fn unpack(package: &Path, place: &Path) -> Result<()> {
-    let mut archive = Command::new("dpkg-deb").arg("--fsys-tarfile").arg(package).stdout(Stdio::piped()).spawn()?;
-    let mut tar = Command::new("tar");
-    tar.arg("-x").arg("-C").arg(place).args(LEFT_OUT.iter().map(|pattern| format!("--exclude={pattern}")));
-    tar.stdin(archive.stdout.take().context("dpkg-deb's output was not piped")?);
-    process::run(&mut tar)?;
-    if !archive.wait()?.success() {
-        bail!("dpkg-deb could not read {}", package.display());
-    }
-    Ok(())
-}
-
-/// Brings an unpacked kernel into one shape, with modules that need no decompression, and their index.
-fn arrange(files: &Path, place: &Path) -> Result<()> {
-    let modules = existing(files, "usr/lib/modules").or_else(|| existing(files, "lib/modules"));
-    let modules = modules.context("the kernel's packages have no modules")?;
-    let release = fs::read_dir(&modules)?.next().context("the kernel's packages have no modules")??.file_name();
-    let release = release.to_string_lossy().into_owned();
-    let images = [files.join(format!("boot/vmlinuz-{release}")), modules.join(&release).join("vmlinuz")];
-    let image = images.iter().find(|image| image.exists()).context("the kernel's packages have no vmlinuz")?;
-    fs::rename(image, place.join("vmlinuz"))?;
-    fs::create_dir_all(place.join("lib"))?;
-    fs::rename(&modules, place.join("lib/modules"))?;
-    let mut compressed = Vec::new();
-    find(&place.join("lib/modules"), "xz", &mut compressed)?;
-    for files in compressed.chunks(200) {
-        process::run(Command::new("busybox").arg("unxz").args(files))?;
-    }
-    process::run(Command::new("busybox").args(["depmod", "-b"]).arg(place.canonicalize()?).arg(release))
-}
-
-/// Files with this extension, at any depth.
-fn find(folder: &Path, extension: &str, found: &mut Vec<PathBuf>) -> Result<()> {
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            find(&entry.path(), extension, found)?;
-        } else if entry.path().extension().is_some_and(|known| known == extension) {
-            found.push(entry.path());
-        }
-    }
-    Ok(())
 }

@@ -26,6 +26,16 @@ pub(super) enum Accelerator {
     Emulation,
 }
 
+impl Accelerator {
+    /// By what tests' time limits are multiplied.
+    pub(super) fn slowness(self) -> u32 {
+        match self {
+            Self::Kvm => 1,
+            Self::Emulation => 10,
+        }
+    }
+}
+
 impl fmt::Display for Accelerator {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
@@ -45,7 +55,7 @@ pub(super) struct Machine<'a> {
 impl<'a> Machine<'a> {
     pub(super) fn new(kernel: &'a Kernel, folder: &Path) -> Result<Self> {
         let folder = folder.join("machine").join(&kernel.release);
-        fs::create_dir_all(&folder)?;
+        fs::create_dir_all(folder.join("results"))?;
         Ok(Self { kernel, folder })
     }
 
@@ -65,29 +75,33 @@ impl<'a> Machine<'a> {
         Accelerator::Emulation
     }
 
-    /// Boots, runs a script as root, and shows what it prints, except for lines that `read` keeps. False if the script failed
-    /// or took too long.
+    /// Boots, runs a script as root, and gives `read` each line that is printed. False if the script failed or took too long.
     pub(super) fn run(
         &self,
         accelerator: Accelerator,
         script: &str,
         limit: Duration,
-        mut read: impl FnMut(&str) -> bool + Send,
+        read: impl FnMut(&str) + Send,
     ) -> Result<bool> {
-        let finished = self.boot(accelerator, script, "", limit, |line| {
-            if !read(line) {
-                println!("{line}");
-            }
-        })?;
-        if !finished {
-            println!("vm: stopped after {} minutes", limit.as_secs() / 60);
+        if !self.boot(accelerator, script, "", limit, read)? {
+            println!("vm: {} was stopped after {} minutes", self.kernel.release, limit.as_secs() / 60);
             return Ok(false);
         }
         let status = fs::read_to_string(self.status()).unwrap_or_default();
         if status.trim().is_empty() {
-            println!("vm: it ended before its script did");
+            println!("vm: {} ended before its script did", self.kernel.release);
         }
         Ok(status.trim() == "0")
+    }
+
+    /// What it boots.
+    pub(super) fn kernel(&self) -> &'a Kernel {
+        self.kernel
+    }
+
+    /// The folder that the guest has as `/run/results`.
+    pub(super) fn results(&self) -> PathBuf {
+        self.folder.join("results")
     }
 
     /// File behind the second serial port.
@@ -131,11 +145,11 @@ impl<'a> Machine<'a> {
     }
 
     fn command(&self, accelerator: Accelerator, archive: &Path, parameters: &str) -> Command {
-        let share = |id: &str, path: &Path| {
+        let share = |id: &str, path: &Path, readonly: &str| {
             let path = path.display().to_string().replace(',', ",,");
             [
                 "-fsdev".to_owned(),
-                format!("local,id={id},path={path},security_model=none,readonly=on,multidevs=remap"),
+                format!("local,id={id},path={path},security_model=none,readonly={readonly},multidevs=remap"),
                 "-device".to_owned(),
                 format!("virtio-9p-pci,fsdev={id},mount_tag={id}"),
             ]
@@ -143,16 +157,23 @@ impl<'a> Machine<'a> {
         let mut qemu = Command::new("qemu-system-x86_64");
         match accelerator {
             Accelerator::Kvm => qemu.args(["-accel", "kvm", "-cpu", "host"]),
-            Accelerator::Emulation => qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max"]),
+            // Each step of a string instruction is emulated by itself, so the kernel must not think that they are fast, and each
+            // level of the page table costs.
+            Accelerator::Emulation => {
+                qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,erms=off,fsrm=off,la57=off"])
+            }
         };
         qemu.args(["-smp", "2", "-m", "3G", "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"]);
         qemu.arg("-serial").arg(format!("file:{}", self.status().display()));
         qemu.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(archive);
         // The emulated processor pays for mitigations of faults that it does not have.
         qemu.arg("-append").arg(format!("console=ttyS0 quiet panic=-1 mitigations=off {parameters}"));
-        qemu.args(share("host", Path::new("/")));
+        qemu.args(share("host", Path::new("/"), "on"));
+        qemu.args(share("results", &self.results(), "off"));
         // The modules' parent, where modprobe looks for the release's folder.
-        qemu.args(share("modules", self.kernel.modules.parent().unwrap_or(&self.kernel.modules)));
+        if let Some(modules) = self.kernel.modules.as_deref().and_then(Path::parent) {
+            qemu.args(share("modules", modules, "on"));
+        }
         qemu
     }
 }
