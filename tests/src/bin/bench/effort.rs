@@ -39,26 +39,26 @@ impl Effort {
                 runs: 10_000,
                 flows: 1 << 16,
                 path_rounds: 5,
-                traffic: Duration::from_millis(250),
-                bulk: 300_000_000,
+                traffic: Duration::from_millis(100),
+                bulk: 100_000_000,
                 services: &[1_000],
-                syncs: 3,
+                syncs: 5,
                 changes: 100,
                 churn: 2,
             }
         } else {
             Self {
                 quick,
-                rounds: 40,
+                rounds: 20,
                 runs: 50_000,
                 flows: 1 << 20,
                 path_rounds: 15,
-                traffic: Duration::from_secs(1),
-                bulk: 4_000_000_000,
+                traffic: Duration::from_millis(300),
+                bulk: 1_000_000_000,
                 services: &[1, 100, 1_000, 10_000, 50_000],
-                syncs: 15,
-                changes: 1_000,
-                churn: 30,
+                syncs: 10,
+                changes: 500,
+                churn: 10,
             }
         }
     }

@@ -24,6 +24,7 @@ use clap::{Parser, Subcommand};
 
 use effort::Effort;
 use findings::Findings;
+use machine::Precedence;
 use progress::Progress;
 
 /// Measures what Sheave costs.
@@ -122,6 +123,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         effort.rounds,
         length.as_secs().div_ceil(60)
     );
+    let _precedence = Precedence::take();
     let mut findings = Findings::new(arguments.quick);
     let (started, progress) = (Instant::now(), Progress::new(length));
     let mut planned = Duration::ZERO;
@@ -132,11 +134,13 @@ fn run(arguments: &Arguments) -> Result<()> {
         }
         progress.begin(measure.name, planned);
         planned += measure.length(&effort);
+        let began = Instant::now();
         // One that fails says so in the results; the others are none the worse for it.
         if let Err(error) = (measure.run)(&effort, &mut findings, &progress) {
             progress.say(&format!("bench: {}: {error:#}", measure.name));
             findings.failures.insert(measure.name.into(), format!("{error:#}"));
         }
+        progress.say(&format!("bench: {} took {:.0} s", measure.name, began.elapsed().as_secs_f64()));
     }
     progress.finish();
     findings.seconds = started.elapsed().as_secs_f64();

@@ -1,5 +1,6 @@
 //! Real traffic between pods, on each way there is to a backend.
 
+mod scale;
 mod server;
 mod services;
 pub(crate) mod traffic;
@@ -15,6 +16,7 @@ use crate::findings::{Better, Findings};
 use crate::goal::{Goal, Reach};
 use crate::progress::Progress;
 use crate::statistics::{quantile, ratios};
+pub(crate) use scale::measure as against_services;
 pub(crate) use services::address;
 use traffic::{Kind, Sample};
 use variant::{Variant, Way};
@@ -51,6 +53,11 @@ impl Series {
             None => self.all = Some(histogram),
         }
         Ok(())
+    }
+
+    /// How many times as fast as another series this one is, round by round.
+    fn faster_than(&self, other: &Self) -> Vec<f64> {
+        if self.median.is_empty() { ratios(&self.rates, &other.rates) } else { ratios(&other.median, &self.median) }
     }
 
     /// Adds rate, percentiles and distribution as figures.
@@ -177,63 +184,12 @@ fn side_by_side(ways: &[Way], effort: &Effort, progress: &Progress) -> Result<Al
     Ok(series)
 }
 
-/// A goal for one way's rate in parts of another's.
+/// A goal for one way's rate in parts of another's. Where single events were timed, it is the rate at their median: what other
+/// processes take from a few events is not the way's.
 fn reach(series: &All, findings: &mut Findings, row: &str, measure: &'static str, way: Way, other: Way, bound: f64) {
-    let rates = |way: Way| series.get(&(measure, way.name())).map(|series| series.rates.as_slice()).unwrap_or_default();
+    let nothing = Series::default();
+    let of = |way: Way| series.get(&(measure, way.name())).unwrap_or(&nothing);
     let sentence = format!("≥ {bound} × {}", other.name());
-    let found = ratios(rates(way), rates(other));
+    let found = of(way).faster_than(of(other));
     findings.reach(Goal::new(row, way.name(), &sentence, Reach::AtLeast(bound), &found));
-}
-
-/// New connections against the number of services.
-pub(crate) fn against_services(effort: &Effort, findings: &mut Findings, progress: &Progress) -> Result<()> {
-    let one = Variant::start(Way::SheaveTc, 1)?;
-    for count in effort.services {
-        progress.step(&format!("builds {count} services"));
-        let mut variants = vec![Variant::start(Way::SheaveTc, *count)?];
-        // Beyond that their rules take minutes to load.
-        if *count <= 10_000 {
-            variants.push(Variant::start(Way::Nftables, *count)?);
-            variants.push(Variant::start(Way::Iptables, *count)?);
-        }
-        let mut cases = vec![("one service".to_owned(), &one, 0, None)];
-        for variant in &variants {
-            let name = variant.way.name();
-            let places = [("first", 0), ("middle", count / 2), ("last", count - 1)];
-            for (place, service) in places {
-                // Only a list knows places.
-                if variant.way == Way::Iptables || place == "middle" {
-                    cases.push((format!("{name}, {place}"), variant, service, None));
-                }
-            }
-            cases.push((format!("{name}, random"), variant, 0, Some(*count)));
-        }
-        let mut series: BTreeMap<&str, Series> = BTreeMap::new();
-        for round in 0..=effort.path_rounds {
-            progress.step(&format!("{count} services, round {round} of {}", effort.path_rounds));
-            for (name, variant, service, spread) in turned(&cases, round) {
-                let sample = variant.ask(Kind::Connections, *service, *spread, effort.traffic)?;
-                if round > 0 {
-                    series.entry(name).or_default().add(&sample)?;
-                }
-            }
-        }
-        let rates = |name: &str| series.get(name).map(|series| series.rates.as_slice()).unwrap_or_default();
-        let row = "cost against number of services";
-        let case = |what: &str| format!("{what} of {count}");
-        let hot = ratios(rates("one service"), rates("sheave tc, middle"));
-        findings.reach(Goal::new(row, &case("one hot service"), "≤ 1.05 × one service", Reach::AtMost(1.05), &hot));
-        let random = ratios(rates("one service"), rates("sheave tc, random"));
-        findings.reach(Goal::new(row, &case("random services"), "≤ 1.5 × one service", Reach::AtMost(1.5), &random));
-        let nftables = ratios(rates("sheave tc, middle"), rates("nftables, middle"));
-        findings.reach(Goal::new("new connections", &case("one"), "≥ 1.5 × nftables", Reach::AtLeast(1.5), &nftables));
-        for (name, series) in series.into_iter().filter(|(name, _)| *name != "one service") {
-            let figure = format!("connections by services/{name}/{count}");
-            findings.add(&figure, "1/s", Better::Higher, series.rates);
-            if let Some(figure) = findings.figures.get_mut(&figure) {
-                figure.point = Some((name.to_owned(), f64::from(*count)));
-            }
-        }
-    }
-    Ok(())
 }
