@@ -72,6 +72,8 @@ pub mod flags {
     pub const SERVICE_CIDRS4: u32 = 1 << 5;
     /// `service_cidrs6` is not empty.
     pub const SERVICE_CIDRS6: u32 = 1 << 6;
+    /// There may be flows that bypass netfilter ([`crate::flow::EDGE_BYPASS`]); never taken back.
+    pub const BYPASSED: u32 = 1 << 7;
 }
 
 impl Timeouts {

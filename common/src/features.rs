@@ -1,5 +1,6 @@
-//! Bits of the programs' read-only global `FEATURES`: what the running kernel has that an older supported one lacks. The
-//! loader sets them before loading, so that the verifier removes the branches that an older kernel would refuse.
+//! Bits of the programs' read-only global `FEATURES`: what the running kernel has that an older supported one lacks, and what
+//! was asked for that costs others nothing. The loader sets them before loading, so that the verifier removes the branches that
+//! an older kernel would refuse, or that nobody wants.
 
 /// `BPF_FIB_LOOKUP_SRC` exists (kernel 6.7).
 pub const FIB_SOURCE: u32 = 1 << 0;
@@ -9,3 +10,7 @@ pub const SET_RETVAL: u32 = 1 << 1;
 pub const COARSE_CLOCK: u32 = 1 << 2;
 /// `bpf_fib_lookup` says the MTU that a packet exceeds (kernel 5.12).
 pub const FIB_MTU: u32 = 1 << 3;
+/// New flows to pods of this node bypass netfilter (`--bypass-netfilter`).
+pub const BYPASS: u32 = 1 << 16;
+/// There may be flows that bypass netfilter.
+pub const BYPASSED: u32 = 1 << 17;

@@ -39,7 +39,8 @@ impl<A: Copy> Tuple<A> {
 pub struct FlowKey<A> {
     /// The packet's tuple before the rewrite.
     pub tuple: Tuple<A>,
-    /// Where the client's packets meet this node: [`EDGE_UPLINK`], or the ifindex of a pod's veth (host side).
+    /// Where the client's packets meet this node: [`EDGE_UPLINK`], or the ifindex of a pod's veth (host side); or else
+    /// [`EDGE_BYPASS`].
     pub edge: u32,
     /// IP protocol number.
     pub protocol: u8,
@@ -49,6 +50,10 @@ pub struct FlowKey<A> {
 
 /// The edge of all uplinks and tunnels together: a reply may come back by another one.
 pub const EDGE_UPLINK: u32 = 0;
+
+/// The edge of flows that bypass netfilter, wherever their packets enter: the client's and the backend's alike. No interface
+/// has this index.
+pub const EDGE_BYPASS: u32 = u32::MAX;
 
 /// Value of a flow. Its rewrite never changes; `last_seen`, `state` and `closing` are written in place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -101,6 +106,8 @@ pub mod flags {
     pub const REDIRECT: u8 = 1 << 1;
     /// The pod is its own backend: packets are turned round into the veth that they came from.
     pub const HAIRPIN: u8 = 1 << 2;
+    /// With [`REDIRECT`]: the backend is a pod of this node, and the client's address stays.
+    pub const BYPASS: u8 = 1 << 3;
 }
 
 impl<A: Copy> Tuple<A> {

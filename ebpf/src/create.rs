@@ -5,7 +5,7 @@ use core::mem::MaybeUninit;
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use sheave_common::DropReason;
 use sheave_common::backend::flags as backend_flags;
-use sheave_common::flow::{Flow, flags, state};
+use sheave_common::flow::{EDGE_BYPASS, Flow, flags, state};
 use sheave_common::frontend::FrontendKey;
 
 use crate::balance::{self, From, Origin};
@@ -13,7 +13,7 @@ use crate::context::Context;
 use crate::packet::Packet;
 use crate::packet::network::Network;
 use crate::scratch::scratch;
-use crate::{maps, observe, route};
+use crate::{bypass, features, maps, observe, route};
 
 /// How many source ports are tried before the connection is refused. Later tries also take ports whose last connection is
 /// closed but may be remembered by the backend.
@@ -35,7 +35,13 @@ pub fn flow<C: Context, A: Network>(
     let (forward, new_flow) = unsafe { (&mut (*scratch).forward, &mut (*scratch).new_flow) };
     maps::copy_words(&packet.key, forward);
     let flow = toward_backend(packet, origin, now, new_flow)?;
-    if flow.flags & flags::REDIRECT != 0 {
+    if flow.flags & flags::BYPASS != 0 {
+        if bypass::leads_to_pod(ctx, &flow.rewrite, packet.key.protocol) {
+            forward.edge = EDGE_BYPASS;
+        } else {
+            flow.flags = 0;
+        }
+    } else if flow.flags & flags::REDIRECT != 0 {
         route::source(ctx, &mut flow.rewrite, packet.key.protocol)?;
     }
     claim_port::<A>(flow, now)?;
@@ -64,6 +70,8 @@ fn toward_backend<'a, A: Network>(
     let hairpin = origin == Origin::Inside && backend.address == *client;
     let flow_flags = if hairpin {
         flags::HAIRPIN
+    } else if features::has(features::BYPASS) && backend.flags & backend_flags::LOCAL != 0 {
+        flags::REDIRECT | flags::BYPASS
     } else if origin == Origin::Outside && backend.flags & backend_flags::LOCAL == 0 {
         flags::REDIRECT
     } else {
@@ -105,7 +113,7 @@ fn claim_port<A: Network>(flow: &mut Flow<A>, now: u32) -> Result<(), DropReason
     // SAFETY: the helper takes no arguments.
     let start = unsafe { bpf_get_prandom_u32() };
     for attempt in 0..PORT_ATTEMPTS {
-        let moved = attempt > 0 || flow.flags & flags::REDIRECT != 0;
+        let moved = attempt > 0 || flow.flags & (flags::REDIRECT | flags::BYPASS) == flags::REDIRECT;
         if moved {
             let port = first + start.wrapping_add(attempt) % range;
             flow.rewrite.source_port_be = (port as u16).to_be();

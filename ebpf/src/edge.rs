@@ -14,7 +14,7 @@ use crate::packet::network::Network;
 use crate::packet::transport::flags as tcp;
 use crate::packet::{Kind, Packet, Part};
 use crate::verdict::{FLOW, Verdict};
-use crate::{conntrack, create, features, forward, fragment, icmp, observe, own, reject};
+use crate::{bypass, conntrack, create, features, forward, fragment, icmp, observe, own, reject};
 
 /// Which way packets of a hook travel.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -80,7 +80,7 @@ fn enter<C: Context, A: Network>(
         },
         _ => return Verdict::from_bits(aside(ctx, packet, kind)),
     }
-    if !conntrack::find(packet, Direction::Ingress, now, flow) {
+    if !bypass::find(packet, now, flow) && !conntrack::find(packet, Direction::Ingress, now, flow) {
         let verdict = miss(ctx, packet, origin, now, flow);
         if verdict != FLOW {
             return Verdict::from_bits(verdict);

@@ -16,7 +16,7 @@ use crate::packet::network::{Answer, Network};
 use crate::packet::{Packet, Part, ethernet};
 use crate::route::{self, NoRoute, Route};
 use crate::verdict::Verdict;
-use crate::{observe, reject};
+use crate::{bypass, observe, reject};
 
 /// Translates a TCP or UDP packet and sends it on by route.
 #[inline(always)]
@@ -44,7 +44,7 @@ fn translate_and_send<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, flow:
     }
     // What is answered instead has returned above: it is counted as that, not as traffic of the service.
     observe::packet(flow.service_id, packet.length);
-    send(ctx, &route)
+    send(ctx, packet, &route)
 }
 
 /// The route of a packet after its rewrite; TTL and MTU are checked, and answered where they don't allow it.
@@ -91,7 +91,7 @@ fn segment_length<C: Context, A: Network>(ctx: &C, packet: &Packet<A>) -> u32 {
 
 /// Sends a rewritten packet.
 #[inline(always)]
-pub fn send<C: Context, A: Network>(ctx: &C, route: &Route<A>) -> Verdict {
+pub fn send<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, route: &Route<A>) -> Verdict {
     if C::XDP {
         let header = ethernet::Header {
             destination: route.destination_mac,
@@ -106,6 +106,9 @@ pub fn send<C: Context, A: Network>(ctx: &C, route: &Route<A>) -> Verdict {
         }
         // SAFETY: the helper takes scalars only.
         return Verdict::Action(unsafe { bpf_redirect(route.ifindex, 0) } as i32);
+    }
+    if let Some(action) = bypass::send(ctx, packet, route) {
+        return Verdict::Action(action);
     }
     let mut next_hop = route.next_hop.neighbour();
     // SAFETY: the struct is as long as is said.

@@ -7,7 +7,7 @@
 use core::mem::MaybeUninit;
 
 use sheave_common::checksum::{self, difference};
-use sheave_common::flow::{Flow, FlowKey, Tuple, flags};
+use sheave_common::flow::{EDGE_BYPASS, Flow, FlowKey, Tuple, flags};
 use sheave_common::{DropReason, PROTOCOL_SCTP, PROTOCOL_UDP};
 
 use crate::context::Context;
@@ -17,7 +17,7 @@ use crate::packet::network::{Network, Quote};
 use crate::packet::{Packet, transport};
 use crate::scratch::scratch;
 use crate::verdict::{FOREIGN, Verdict};
-use crate::{forward, observe, route, translate};
+use crate::{features, forward, observe, route, translate};
 
 /// Translates an ICMP error if it is about a flow of this edge; `None` if it isn't. `flow` is room for that flow.
 #[inline(always)]
@@ -67,8 +67,12 @@ fn translate_error<C: Context, A: Network>(
     if !transport::translated(key.protocol) {
         return None;
     }
+    let element = match direction {
+        Direction::Ingress if features::has(features::BYPASSED) => find_bypassed(key).or_else(|| find(key)),
+        _ => find(key),
+    };
     // SAFETY: a map value stays readable while the program runs.
-    let flow = flow.write(unsafe { maps::copy(find(key)?) });
+    let flow = flow.write(unsafe { maps::copy(element?) });
     if !direction.applies(flow.flags) {
         return None;
     }
@@ -96,7 +100,7 @@ fn translate_error<C: Context, A: Network>(
     Some(if redirected {
         // Errors are short: one that exceeds an MTU is lost.
         match route::find(ctx, outer, packet.key.protocol, packet.length) {
-            Ok(route) => forward::send(ctx, &route),
+            Ok(route) => forward::send(ctx, packet, &route),
             Err(_) => Verdict::Drop(DropReason::NoRoute),
         }
     } else if flow.flags & flags::HAIRPIN != 0 {
@@ -113,6 +117,16 @@ fn find<A: Family>(key: &FlowKey<A>) -> Option<*mut Flow<A>> {
         None if key.protocol != PROTOCOL_UDP => A::flow(Table::HalfOpen, key),
         element => element,
     }
+}
+
+/// [`find`] among the flows that bypass netfilter.
+#[inline(always)]
+fn find_bypassed<A: Family>(key: &mut FlowKey<A>) -> Option<*mut Flow<A>> {
+    let edge = key.edge;
+    key.edge = EDGE_BYPASS;
+    let element = find(key);
+    key.edge = edge;
+    element
 }
 
 /// Rewrites the quoted packet into what its sender sent, `rewrite` reversed, with its header checksum and, where it is

@@ -6,6 +6,7 @@
 #![expect(missing_docs, reason = "the entry points are made by macros, which drop their documentation")]
 
 mod balance;
+mod bypass;
 mod conntrack;
 mod context;
 mod create;

@@ -44,6 +44,8 @@ pub struct RunConfig {
     pub rejects_per_second: u32,
     /// Pass mid-flow TCP that no flow knows, while connections of another proxy drain.
     pub drain_foreign: bool,
+    /// Whether traffic to pods of this node bypasses netfilter.
+    pub bypass_netfilter: Bypass,
     /// Where `/healthz` and `/livez` are served.
     pub healthz: BindAddresses,
     /// Where `/metrics` is served.
@@ -83,6 +85,17 @@ pub enum ConnectMode {
     All,
     /// None.
     Off,
+}
+
+/// Whether traffic to pods of this node bypasses netfilter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bypass {
+    /// It does not.
+    Off,
+    /// It does; refused where that would skip rules.
+    Safe,
+    /// It does, whatever rules there are.
+    Force,
 }
 
 /// How XDP is used on uplinks.
@@ -189,6 +202,7 @@ impl RunConfig {
             snat_ports: (10_000, 29_999),
             rejects_per_second: 1_000,
             drain_foreign: false,
+            bypass_netfilter: Bypass::Off,
             healthz: BindAddresses(vec![
                 (Ipv4Addr::UNSPECIFIED, HEALTHZ_PORT).into(),
                 (Ipv6Addr::UNSPECIFIED, HEALTHZ_PORT).into(),

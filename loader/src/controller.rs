@@ -17,12 +17,13 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
-use crate::config::RunConfig;
+use crate::config::{Bypass, RunConfig};
 use crate::dataplane::{self, Applied, Dataplane, DataplaneError};
 use crate::interfaces::{self, Event, Interface, InterfaceError};
 use crate::model::desired::{ServiceKey, ServicePort, ServicePortName};
 use crate::model::network::Network;
 use crate::model::{Change, Model, ModelOptions};
+use crate::netfilter::{self, BypassError};
 use crate::plan::Grace;
 use crate::serve::{self, Arrival, Status};
 use crate::source::{self, SourceError, SourceEvent};
@@ -40,6 +41,9 @@ pub enum ControllerError {
     /// The dataplane can't be set up.
     #[error(transparent)]
     Dataplane(#[from] DataplaneError),
+    /// Netfilter can't be bypassed.
+    #[error(transparent)]
+    Bypass(#[from] BypassError),
     /// The source can't work.
     #[error(transparent)]
     Source(#[from] SourceError),
@@ -67,6 +71,9 @@ pub async fn run(config: RunConfig, shutdown: impl Future<Output = ()>) -> Resul
         servers.run().await;
         Ok(())
     });
+    if config.bypass_netfilter == Bypass::Safe {
+        netfilter::may_be_bypassed()?;
+    }
     let dataplane = Dataplane::open(&config)?;
     let (source_sender, source_events) = mpsc::channel(QUEUE);
     let (interface_sender, interface_events) = mpsc::channel(QUEUE);

@@ -11,6 +11,7 @@ pub mod controller;
 pub mod dataplane;
 pub mod interfaces;
 pub mod model;
+pub mod netfilter;
 pub mod plan;
 pub mod serve;
 pub mod source;

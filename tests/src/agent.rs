@@ -80,6 +80,15 @@ impl Agent {
         Ok(())
     }
 
+    /// Starts it again with other arguments.
+    ///
+    /// # Errors
+    /// As [`Self::restart`].
+    pub fn restart_with(&mut self, arguments: &[&str]) -> Result<()> {
+        self.arguments = arguments.iter().map(ToString::to_string).collect();
+        self.restart()
+    }
+
     /// Ends it as `kill -9` does. Programs and maps stay.
     pub fn kill(&mut self) {
         self.process = None;

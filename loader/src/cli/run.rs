@@ -9,7 +9,7 @@ use sheave_common::config::Timeouts;
 
 use super::{CliError, PinArgs, values};
 use crate::config::{
-    BindAddresses, ConnectMode, InterfaceRules, MapSizes, NodePortAddresses, RunConfig, SourceConfig, XdpMode,
+    BindAddresses, Bypass, ConnectMode, InterfaceRules, MapSizes, NodePortAddresses, RunConfig, SourceConfig, XdpMode,
 };
 use crate::model::desired::Algorithm;
 
@@ -83,6 +83,18 @@ pub struct RunArgs {
         default_missing_value = "true"
     )]
     drain_foreign: bool,
+    /// Pass traffic through Services to routed pods of this node straight into the pod, past the host's stack and netfilter, both
+    /// ways. Refused where that would skip rules in forward chains, unless the value is "force".
+    #[arg(
+        long,
+        env = "SHEAVE_BYPASS_NETFILTER",
+        value_name = "BOOL|force",
+        default_value = "false",
+        num_args = 0..=1,
+        default_missing_value = "true",
+        value_parser = values::bypass
+    )]
+    bypass_netfilter: Bypass,
     #[command(flatten)]
     source: SourceArgs,
     #[command(flatten)]
@@ -251,6 +263,7 @@ impl RunArgs {
             snat_ports: self.snat_ports,
             rejects_per_second: self.rejects_per_second,
             drain_foreign: self.drain_foreign,
+            bypass_netfilter: self.bypass_netfilter,
             healthz: self.serve.healthz_bind_address.clone(),
             metrics: self.serve.metrics_bind_address.clone(),
             health_timeout: Duration::from_secs(self.serve.health_timeout.into()),

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{CommandFactory, Parser};
 
 use super::{Cli, CliError, Command};
-use crate::config::{ConnectMode, NodePortAddresses, RunConfig, SourceConfig, XdpMode};
+use crate::config::{Bypass, ConnectMode, NodePortAddresses, RunConfig, SourceConfig, XdpMode};
 
 fn run(flags: &[&str]) -> Result<RunConfig, CliError> {
     let cli = Cli::parse_from(["sheave", "run", "--node-name", "node-1"].iter().chain(flags));
@@ -64,6 +64,7 @@ fn flags_reach_the_configuration() {
         "--snat-ports=50000-50999",
         "--rejects-per-second=7",
         "--drain-foreign",
+        "--bypass-netfilter=force",
         "--max-conntrack=1024",
         "--healthz-bind-address=192.0.2.1:80,[2001:db8::1]:80",
         "--metrics-bind-address=",
@@ -81,6 +82,7 @@ fn flags_reach_the_configuration() {
     let networks: Vec<(IpAddr, u8)> = vec![("10.0.0.0".parse().unwrap(), 8), ("fd00::".parse().unwrap(), 8)];
     assert_eq!(config.nodeport_addresses, NodePortAddresses::Networks(networks));
     assert!(!config.external_ips && config.drain_foreign);
+    assert_eq!(config.bypass_netfilter, Bypass::Force);
     assert_eq!(config.hairpin4.to_string(), "169.254.1.1");
     assert_eq!(config.hairpin6.to_string(), "fd00::1");
     assert_eq!((config.timeouts.syn, config.timeouts.established, config.timeouts.closing), (5, 7_200, 120));

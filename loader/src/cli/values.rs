@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use crate::config::{BindAddresses, ConnectMode, NodePortAddresses, XdpMode};
+use crate::config::{BindAddresses, Bypass, ConnectMode, NodePortAddresses, XdpMode};
 use crate::model::desired::Algorithm;
 
 pub(super) fn connect(text: &str) -> Result<ConnectMode, String> {
@@ -12,6 +12,15 @@ pub(super) fn connect(text: &str) -> Result<ConnectMode, String> {
         "all" => Ok(ConnectMode::All),
         "off" => Ok(ConnectMode::Off),
         _ => Err("write host (processes of this node), tcp (and pods' TCP), all, or off".to_owned()),
+    }
+}
+
+pub(super) fn bypass(text: &str) -> Result<Bypass, String> {
+    match text {
+        "false" => Ok(Bypass::Off),
+        "true" => Ok(Bypass::Safe),
+        "force" => Ok(Bypass::Force),
+        _ => Err("write true, false, or force (also where that skips rules of others)".to_owned()),
     }
 }
 

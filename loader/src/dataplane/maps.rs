@@ -39,6 +39,14 @@ pub(super) struct Maps {
 }
 
 impl Maps {
+    /// The element of the pinned config map, if there is such a map yet.
+    pub(super) fn config(directory: &Path) -> Result<Option<Config>, MapError> {
+        match directory.join(names::CONFIG).exists() {
+            true => Map::open(directory, names::CONFIG, true)?.get(&0),
+            false => Ok(None),
+        }
+    }
+
     /// Opens the maps pinned in a directory.
     pub(super) fn open(directory: &Path, read_only: bool) -> Result<Self, MapError> {
         Ok(Self {

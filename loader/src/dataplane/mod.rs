@@ -85,9 +85,9 @@ impl Dataplane {
         let pins = Pins::take(&config.pin_path)?;
         let definitions = definitions::definitions(&config.sizes);
         pins.verify(&definitions)?;
-        let programs = Programs::open(&pins, &definitions, features)?;
+        let old = Maps::config(pins.directory())?;
+        let programs = Programs::open(&pins, &definitions, features.bits() | settings::constants(old, config))?;
         let maps = Maps::open(pins.directory(), false)?;
-        let old = maps.config.get(&0)?;
         let element = settings::element(old, config)?;
         let links = Links::new(pins.links(), features.tcx);
         let moved =

@@ -62,7 +62,7 @@ impl Features {
         }
     }
 
-    /// The programs' read-only global `FEATURES`.
+    /// As bits of the programs' read-only global `FEATURES`.
     #[must_use]
     pub fn bits(self) -> u32 {
         let bit = |set: bool, bit: u32| if set { bit } else { 0 };
@@ -87,8 +87,8 @@ pub(super) struct Programs {
 impl Programs {
     /// Takes over the pinned programs if they are what this build would load on these maps, since the kernel takes a second
     /// or two to verify them. Otherwise loads them all, and pins them in place of those that are there. Maps that are
-    /// pinned are used as they are, the others are made and pinned.
-    pub(super) fn open(pins: &Pins, definitions: &[Definition], features: Features) -> Result<Self, DataplaneError> {
+    /// pinned are used as they are, the others are made and pinned. `constants` is the programs' global `FEATURES`.
+    pub(super) fn open(pins: &Pins, definitions: &[Definition], constants: u32) -> Result<Self, DataplaneError> {
         if !at_least(5, 10) {
             let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
             return Err(DataplaneError::KernelTooOld { release: release.trim().to_owned() });
@@ -98,15 +98,15 @@ impl Programs {
         if !cfg!(feature = "packet-trace")
             && let Some(maps) = pins.map_ids(definitions)?
         {
-            let shelf = Shelf::new(pins, &maps, features);
+            let shelf = Shelf::new(pins, &maps, constants);
             if let Some(fds) = shelf.take() {
                 debug!(shelf = %shelf, "took the loaded programs over");
                 return Ok(Self { shelf, fds });
             }
         }
-        let mut ebpf = load_all(pins, definitions, features)?;
+        let mut ebpf = load_all(pins, definitions, constants)?;
         let maps = pins.map_ids(definitions)?.unwrap_or_default();
-        let shelf = Shelf::new(pins, &maps, features);
+        let shelf = Shelf::new(pins, &maps, constants);
         let mut fds = BTreeMap::new();
         for name in names() {
             let program = ebpf.program_mut(name).ok_or(DataplaneError::NoProgram { program: name })?;
@@ -137,14 +137,13 @@ pub(super) fn names() -> impl Iterator<Item = &'static str> {
     CLASSIFIERS.iter().copied().chain([XDP]).chain(SOCKET.iter().copied())
 }
 
-fn load_all(pins: &Pins, definitions: &[Definition], features: Features) -> Result<Ebpf, DataplaneError> {
+fn load_all(pins: &Pins, definitions: &[Definition], constants: u32) -> Result<Ebpf, DataplaneError> {
     let mut loader = EbpfLoader::new();
     for definition in definitions {
         loader.map_max_entries(definition.name, definition.max_entries);
         loader.map_pin_path(definition.name, Cow::Owned(pins.directory().join(definition.name)));
     }
-    let bits = features.bits();
-    loader.override_global("FEATURES", &bits, true);
+    loader.override_global("FEATURES", &constants, true);
     let mut ebpf = loader.load(crate::EBPF_OBJECT).map_err(load_error)?;
     for name in CLASSIFIERS {
         load::<SchedClassifier>(&mut ebpf, name, SchedClassifier::load)?;

@@ -3,11 +3,12 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use sheave_common::config::{Config, flags};
+use sheave_common::features;
 use sheave_common::{Address, Ipv4Address, Ipv6Address, LAYOUT_VERSION};
 
 use super::error::DataplaneError;
 use super::syscall;
-use crate::config::{ConnectMode, RunConfig};
+use crate::config::{Bypass, ConnectMode, RunConfig};
 
 /// This element with the settings that were asked for; ids, version, node addresses and what is known of ServiceCIDRs stay.
 pub(super) fn element(old: Option<Config>, run: &RunConfig) -> Result<Config, DataplaneError> {
@@ -28,7 +29,8 @@ pub(super) fn element(old: Option<Config>, run: &RunConfig) -> Result<Config, Da
         flags: connect
             | flag(cookie.is_none() && connect != 0, flags::CONNECT_INIT_NETNS)
             | flag(run.drain_foreign, flags::DRAIN_FOREIGN)
-            | old.map_or(0, |old| old.flags & (flags::SERVICE_CIDRS4 | flags::SERVICE_CIDRS6)),
+            | flag(run.bypass_netfilter != Bypass::Off, flags::BYPASSED)
+            | old.map_or(0, |old| old.flags & (flags::SERVICE_CIDRS4 | flags::SERVICE_CIDRS6 | flags::BYPASSED)),
         timeouts: run.timeouts,
         snat_port_first: run.snat_ports.0,
         snat_port_last: run.snat_ports.1,
@@ -38,6 +40,13 @@ pub(super) fn element(old: Option<Config>, run: &RunConfig) -> Result<Config, Da
         node4: old.map_or(Ipv4Address::UNSPECIFIED, |old| old.node4),
         node6: old.map_or(Ipv6Address::UNSPECIFIED, |old| old.node6),
     })
+}
+
+/// The programs' constants that are not the kernel's features.
+pub(super) fn constants(old: Option<Config>, run: &RunConfig) -> u32 {
+    let bypass = run.bypass_netfilter != Bypass::Off;
+    let bypassed = bypass || old.is_some_and(|old| old.flags & flags::BYPASSED != 0);
+    (if bypass { features::BYPASS } else { 0 }) | if bypassed { features::BYPASSED } else { 0 }
 }
 
 /// The element with these node addresses.

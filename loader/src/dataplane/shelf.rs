@@ -16,7 +16,7 @@ use tracing::{info, warn};
 
 use super::error::DataplaneError;
 use super::pins::Pins;
-use super::programs::{self, Features};
+use super::programs;
 use super::syscall;
 
 const SCHED_CLS: u32 = 3;
@@ -41,9 +41,9 @@ impl fmt::Display for Shelf {
 
 impl Shelf {
     /// This build's, for the maps of these ids in the order of their definitions. The kernel gives an id to one map only.
-    pub(super) fn new(pins: &Pins, maps: &[u32], features: Features) -> Self {
+    pub(super) fn new(pins: &Pins, maps: &[u32], constants: u32) -> Self {
         let mut hasher = DefaultHasher::new();
-        (crate::EBPF_OBJECT, features.bits(), maps).hash(&mut hasher);
+        (crate::EBPF_OBJECT, constants, maps).hash(&mut hasher);
         let parent = pins.programs();
         Self { folder: parent.join(format!("{:016x}", hasher.finish())), parent }
     }

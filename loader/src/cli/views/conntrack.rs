@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
-use sheave_common::flow::{EDGE_UPLINK, closing, flags, state};
+use sheave_common::flow::{EDGE_BYPASS, EDGE_UPLINK, closing, flags, state};
 
 use super::Row;
 use super::snapshot::{Flow, Snapshot, protocol_name};
@@ -76,6 +76,7 @@ fn row(snapshot: &Snapshot, flow: &Flow) -> FlowRow {
         backend_id: flow.backend_id,
         edge: match flow.edge {
             EDGE_UPLINK => "uplink".to_owned(),
+            EDGE_BYPASS => "bypass".to_owned(),
             index => snapshot.interfaces.get(&index).cloned().unwrap_or_else(|| format!("interface {index} (gone)")),
         },
         redirect: flow.flags & flags::REDIRECT != 0,

@@ -1,0 +1,73 @@
+//! Past netfilter (`--bypass-netfilter`): packets to a pod of this node go from the hook that they enter by straight into the
+//! pod's network namespace, and the pod's answers as straight back. The host's stack sees neither.
+//!
+//! Both halves of such a flow live at [`EDGE_BYPASS`], because the answers enter at another interface than the client's packets.
+
+use core::mem::MaybeUninit;
+
+use aya_ebpf::helpers::generated::{bpf_redirect_peer, bpf_skb_change_type};
+use sheave_common::flow::{EDGE_BYPASS, Flow, Tuple};
+use sheave_common::interface::flags as interface_flags;
+
+use crate::context::Context;
+use crate::edge::Direction;
+use crate::maps::INTERFACES_MAP;
+use crate::packet::network::Network;
+use crate::packet::{Packet, ethernet};
+use crate::route::{self, Route};
+use crate::{conntrack, features};
+
+/// The kernel's PACKET_HOST (linux/if_packet.h)
+const PACKET_HOST: u32 = 0;
+
+/// Whether packets that are rewritten like this leave by a pod's veth. A backend that is a process of this host has none, and
+/// bridged pods are behind a bridge. A function of its own in the kernel too, for its stack.
+#[inline(never)]
+pub fn leads_to_pod<C: Context, A: Network>(ctx: &C, rewrite: &Tuple<A>, protocol: u8) -> bool {
+    route::find(ctx, rewrite, protocol, 0).is_ok_and(|route| is_pod(route.ifindex))
+}
+
+/// As [`conntrack::find`] at a hook where packets enter, for the flows that bypass netfilter.
+#[inline(always)]
+pub fn find<A: Network>(packet: &mut Packet<A>, now: u32, result: &mut MaybeUninit<Flow<A>>) -> bool {
+    if !features::has(features::BYPASSED) {
+        return false;
+    }
+    let edge = packet.key.edge;
+    packet.key.edge = EDGE_BYPASS;
+    let found = conntrack::find(packet, Direction::Ingress, now, result);
+    packet.key.edge = edge;
+    found
+}
+
+/// Puts a rewritten packet into the network namespace of the pod that its route leads to; `None` if that is not a pod's veth,
+/// its neighbour is unknown yet, or the packet has no link-layer header. What the kernel does then is a verdict.
+#[inline(always)]
+pub fn send<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, route: &Route<A>) -> Option<i32> {
+    if C::XDP
+        || !features::has(features::BYPASSED)
+        || !route.resolved
+        || packet.network::<C>() != ethernet::LENGTH
+        || !is_pod(route.ifindex)
+    {
+        return None;
+    }
+    let header = ethernet::Header {
+        destination: route.destination_mac,
+        source: route.source_mac,
+        ether_type_be: A::ETHER_TYPE_BE,
+    };
+    ctx.store(0, &header)?;
+    // SAFETY: the context is the program's own, and the helpers take scalars besides. A bridged pod's frame is addressed to the
+    // bridge, so that the kernel has marked it as another host's.
+    unsafe {
+        bpf_skb_change_type(ctx.as_ptr().cast(), PACKET_HOST);
+        Some(bpf_redirect_peer(route.ifindex, 0) as i32)
+    }
+}
+
+#[inline(always)]
+fn is_pod(ifindex: u32) -> bool {
+    // SAFETY: a map value stays readable while the program runs.
+    unsafe { INTERFACES_MAP.get(ifindex) }.is_some_and(|interface| interface.flags & interface_flags::POD != 0)
+}
