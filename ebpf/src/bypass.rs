@@ -52,6 +52,12 @@ pub fn send<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, route: &Route<A
     {
         return None;
     }
+    redirect(ctx, route)
+}
+
+/// A function of its own in the kernel too, for its stack.
+#[inline(never)]
+fn redirect<C: Context, A: Network>(ctx: &C, route: &Route<A>) -> Option<i32> {
     let header = ethernet::Header {
         destination: route.destination_mac,
         source: route.source_mac,
