@@ -30,7 +30,7 @@ use crate::source::{self, SourceError, SourceEvent};
 use inputs::{Input, Inputs, Passing, QUEUE};
 
 /// The least time between two passes: what arrives meanwhile becomes one.
-const PAUSE: Duration = Duration::from_millis(5);
+const PAUSE: Duration = Duration::from_millis(2);
 /// The first wait before something that failed is tried again; each further one is twice as long.
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LONGEST_RETRY: Duration = Duration::from_secs(30);

@@ -23,6 +23,8 @@ pub(crate) struct Effort {
     pub(crate) services: &'static [u32],
     /// Full syncs and restarts.
     pub(crate) syncs: u32,
+    /// Restarts of a whole agent.
+    pub(crate) restarts: u32,
     /// Changes of each kind, one by one.
     pub(crate) changes: u32,
     /// Seconds of churn.
@@ -43,6 +45,7 @@ impl Effort {
                 bulk: 100_000_000,
                 services: &[1_000],
                 syncs: 5,
+                restarts: 2,
                 changes: 100,
                 churn: 2,
             }
@@ -57,6 +60,7 @@ impl Effort {
                 bulk: 1_000_000_000,
                 services: &[1, 100, 1_000, 10_000, 50_000],
                 syncs: 10,
+                restarts: 5,
                 changes: 500,
                 churn: 10,
             }

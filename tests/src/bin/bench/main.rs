@@ -77,16 +77,16 @@ struct Measure {
 
 /// All of them, in order.
 const MEASURES: &[Measure] = &[
-    Measure { name: "program-hot", seconds: [25, 150], run: program::hot },
-    Measure { name: "program-rotating", seconds: [10, 180], run: program::rotating },
-    Measure { name: "xdp-live", seconds: [10, 60], run: program::live_frames },
-    Measure { name: "ways", seconds: [45, 600], run: path::ways },
-    Measure { name: "nodeport", seconds: [20, 300], run: path::node_port },
-    Measure { name: "services", seconds: [15, 600], run: path::against_services },
-    Measure { name: "sync", seconds: [25, 180], run: controller::sync },
-    Measure { name: "changes", seconds: [25, 90], run: controller::changes },
-    Measure { name: "agent", seconds: [25, 120], run: agent::measure },
-    Measure { name: "memory", seconds: [10, 10], run: agent::memory },
+    Measure { name: "program-hot", seconds: [20, 80], run: program::hot },
+    Measure { name: "program-rotating", seconds: [8, 100], run: program::rotating },
+    Measure { name: "xdp-live", seconds: [5, 10], run: program::live_frames },
+    Measure { name: "ways", seconds: [35, 240], run: path::ways },
+    Measure { name: "nodeport", seconds: [15, 110], run: path::node_port },
+    Measure { name: "services", seconds: [14, 200], run: path::against_services },
+    Measure { name: "sync", seconds: [14, 80], run: controller::sync },
+    Measure { name: "changes", seconds: [12, 60], run: controller::changes },
+    Measure { name: "agent", seconds: [20, 80], run: agent::measure },
+    Measure { name: "memory", seconds: [12, 30], run: agent::memory },
 ];
 
 fn main() -> ExitCode {

@@ -29,8 +29,8 @@ pub(super) fn measure(
     let echo = running.target(ASKED, ECHO);
     let mut held = client.run(|| Conversation::open(echo))?;
     let (mut seconds, mut answers) = (Vec::new(), Answers::default());
-    for round in 0..effort.syncs {
-        progress.step(&format!("restart {} of {}", round + 1, effort.syncs));
+    for round in 0..effort.restarts {
+        progress.step(&format!("restart {} of {}", round + 1, effort.restarts));
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| -> Result<()> {
             let asking = scope.spawn(|| client::until(Some(&client), &stop, 1, &|| client::who(target)));

@@ -100,6 +100,7 @@ pub(crate) fn ways(effort: &Effort, findings: &mut Findings, progress: &Progress
         Way::Iptables,
         Way::Nftables,
         Way::SheaveTc,
+        Way::SheaveBypass,
         Way::SheaveConnect,
         Way::SheaveConnectTcp,
         Way::HostDirect,
@@ -120,9 +121,11 @@ pub(crate) fn ways(effort: &Effort, findings: &mut Findings, progress: &Progress
         reach(&series, findings, row, measure, tcp, Way::Direct, by_tcp);
         reach(&series, findings, row, measure, host, Way::HostDirect, by_connect);
     }
-    for way in [tc, all] {
+    let bypass = Way::SheaveBypass;
+    for way in [tc, bypass, all] {
         reach(&series, findings, "new connections", "connections", way, Way::Nftables, 1.5);
     }
+    reach(&series, findings, "new connections", "connections", bypass, Way::DirectTracked, 1.2);
     report(series, "", findings);
     Ok(())
 }

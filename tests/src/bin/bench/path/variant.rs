@@ -32,6 +32,8 @@ pub(crate) enum Way {
     Nftables,
     /// Sheave's tc programs.
     SheaveTc,
+    /// Sheave's tc programs past this node's stack (`--bypass-netfilter`).
+    SheaveBypass,
     /// Sheave's connect-time programs for every pod (`--connect all`).
     SheaveConnect,
     /// The same for TCP alone (`--connect tcp`); datagrams meet the tc programs.
@@ -61,6 +63,7 @@ impl Way {
             Self::Iptables | Self::NodePortIptables => "iptables",
             Self::Nftables | Self::NodePortNftables => "nftables",
             Self::SheaveTc | Self::NodePortTc => "sheave tc",
+            Self::SheaveBypass => "sheave bypass",
             Self::SheaveConnect => "sheave connect all",
             Self::SheaveConnectTcp => "sheave connect tcp",
             Self::HostDirect => "direct from the host",
@@ -72,7 +75,7 @@ impl Way {
     /// `--connect` of the agent, where there is one.
     fn connect(self) -> Option<&'static str> {
         match self {
-            Self::SheaveTc | Self::NodePortTc | Self::NodePortXdp => Some("off"),
+            Self::SheaveTc | Self::SheaveBypass | Self::NodePortTc | Self::NodePortXdp => Some("off"),
             Self::SheaveConnect => Some("all"),
             Self::SheaveConnectTcp => Some("tcp"),
             Self::SheaveHost => Some("host"),
@@ -140,6 +143,7 @@ impl Variant {
                 cluster.nodes[1].namespace.ip(&[back])?;
             }
             Way::SheaveTc
+            | Way::SheaveBypass
             | Way::SheaveConnect
             | Way::SheaveConnectTcp
             | Way::SheaveHost
@@ -149,8 +153,17 @@ impl Variant {
                 folder.objects("services", &services::objects(services, backend.address, &backend.node))?;
                 let connect = way.connect().context("a way with an agent")?;
                 let xdp = if way == Way::NodePortXdp { "native" } else { "off" };
-                let arguments =
-                    ["--xdp", xdp, "--connect", connect, "--healthz-bind-address", "", "--metrics-bind-address", ""];
+                let mut arguments = vec![
+                    "--xdp",
+                    xdp,
+                    "--connect",
+                    connect,
+                    "--healthz-bind-address",
+                    "",
+                    "--metrics-bind-address",
+                    "",
+                ];
+                arguments.extend((way == Way::SheaveBypass).then_some("--bypass-netfilter"));
                 agent = Some(Agent::start(node, &folder, &arguments)?);
                 manifests = Some(folder);
             }
