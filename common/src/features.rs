@@ -10,6 +10,8 @@ pub const SET_RETVAL: u32 = 1 << 1;
 pub const COARSE_CLOCK: u32 = 1 << 2;
 /// `bpf_fib_lookup` says the MTU that a packet exceeds (kernel 5.12).
 pub const FIB_MTU: u32 = 1 << 3;
+/// XDP frames may be in several buffers, and `bpf_xdp_get_buff_len` exists (kernel 5.18).
+pub const XDP_FRAGS: u32 = 1 << 4;
 /// New flows to pods of this node bypass netfilter (`--bypass-netfilter`).
 pub const BYPASS: u32 = 1 << 16;
 /// There may be flows that bypass netfilter.

@@ -117,7 +117,8 @@ pub fn send<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, route: &Route<A
     Verdict::Action(action as i32)
 }
 
-/// XDP sends only to interfaces that run its program too, and only to neighbours that are known; tc does the rest.
+/// XDP sends only to neighbours that are known, and to another interface only if that runs its program too and the frame is in
+/// one piece, since kernels and drivers differ in what they redirect; tc does the rest.
 #[inline(always)]
 fn xdp_can_send<C: Context, A: Network>(ctx: &C, route: &Route<A>) -> bool {
     if !route.resolved {
@@ -125,6 +126,9 @@ fn xdp_can_send<C: Context, A: Network>(ctx: &C, route: &Route<A>) -> bool {
     }
     if route.ifindex == ctx.ifindex() {
         return true;
+    }
+    if !ctx.is_linear() {
+        return false;
     }
     // SAFETY: a map value stays readable while the program runs.
     unsafe { INTERFACES_MAP.get(route.ifindex) }.is_some_and(|interface| interface.flags & interface_flags::XDP != 0)

@@ -71,7 +71,7 @@ tc! {
     uplink_egress_l3 => egress(NO_HEADER, Origin::Outside);
 }
 
-#[xdp]
+#[xdp(frags)]
 pub fn uplink_xdp(ctx: XdpContext) -> u32 {
     let Some(header) = context::Context::load::<ethernet::Header>(&ctx, 0) else {
         return aya_ebpf::bindings::xdp_action::XDP_PASS;

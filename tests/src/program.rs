@@ -14,7 +14,7 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, PerCpuArray};
 use aya::programs::{SchedClassifier, TestRun as _, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod, TestRunOptions};
-use sheave::dataplane::Features;
+use sheave::dataplane::{self, Features};
 use sheave::model::desired::Algorithm;
 use sheave::plan::spread;
 use sheave_common::backend::{Backend, flags as backend_flags};
@@ -148,7 +148,7 @@ impl Programs {
         // A loader that may borrow what is this function's own.
         let mut loader = loader;
         loader.override_global("FEATURES", &features, true);
-        let bpf = loader.load(sheave::EBPF_OBJECT).context("loading the BPF object")?;
+        let bpf = loader.load(&dataplane::object(features)).context("loading the BPF object")?;
         Ok(Self { bpf, version: 1, next_backend: 1, table_used: 0, algorithm: Algorithm::Random })
     }
 
@@ -452,7 +452,7 @@ impl Programs {
     pub fn xdp_repeated(&mut self, packet: &[u8], ifindex: u32, repeat: u32) -> Result<Outcome> {
         let context = xdp_context(packet, ifindex)?;
         let program = self.uplink_xdp()?;
-        let mut out = vec![0_u8; 4_096];
+        let mut out = vec![0_u8; packet.len() + 4_096];
         let result = program.test_run(TestRunOptions {
             data_in: Some(packet),
             data_out: Some(&mut out),

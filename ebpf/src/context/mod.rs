@@ -29,6 +29,8 @@ pub trait Context {
     fn addressee(&self) -> Addressee;
     /// Bytes of the whole packet, link-layer header included.
     fn length(&self) -> u32;
+    /// The packet is in one piece, as every device can send it.
+    fn is_linear(&self) -> bool;
     /// Bytes of payload in each segment of a GSO packet; 0 if it isn't one.
     fn segment_payload(&self) -> u32;
     /// Reads at an offset from the frame's start.

@@ -56,6 +56,12 @@ impl Context for TcContext {
     }
 
     #[inline(always)]
+    fn is_linear(&self) -> bool {
+        // The kernel sees to it.
+        true
+    }
+
+    #[inline(always)]
     fn segment_payload(&self) -> u32 {
         // SAFETY: the kernel's context is valid while the program runs.
         unsafe { (*self.skb.skb).gso_size }

@@ -2,10 +2,12 @@
 
 use core::ffi::c_void;
 
+use aya_ebpf::helpers::generated::bpf_xdp_get_buff_len;
 use aya_ebpf::programs::XdpContext;
 use sheave_common::checksum;
 
 use super::{Addressee, Context};
+use crate::features;
 
 /// A pointer into the frame, if `T` fits there.
 #[inline(always)]
@@ -15,6 +17,15 @@ fn at<T>(ctx: &XdpContext, offset: u32) -> Option<*mut T> {
         return None;
     }
     Some(start as *mut T)
+}
+
+/// Bytes of the frame's first buffer, which is all that can be read and written directly. A jumbo frame's headers are in it.
+#[inline(always)]
+fn first_buffer(ctx: &XdpContext) -> u32 {
+    let length = (ctx.data_end() - ctx.data()) as u32;
+    // SAFETY: reads a local. Volatile, or the compiler would compare pointers by way of arithmetic that the verifier refuses
+    // ("pointer arithmetic on pkt_end prohibited", kernel 6.18).
+    unsafe { (&raw const length).read_volatile() }
 }
 
 impl Context for XdpContext {
@@ -33,18 +44,25 @@ impl Context for XdpContext {
 
     #[inline(always)]
     fn addressee(&self) -> Addressee {
-        match self.load::<u8>(0) {
-            Some(first) if first & 1 == 0 => Addressee::Us,
+        // The whole address: from `data + 1 > data_end` compilers make `data >= data_end`, which the verifier learns nothing of.
+        match self.load::<[u8; 6]>(0) {
+            Some([first, ..]) if first & 1 == 0 => Addressee::Us,
             _ => Addressee::Group,
         }
     }
 
     #[inline(always)]
     fn length(&self) -> u32 {
-        let length = (self.data_end() - self.data()) as u32;
-        // SAFETY: reads a local. Volatile, or the compiler would compare pointers by way of arithmetic that the verifier refuses
-        // ("pointer arithmetic on pkt_end prohibited", kernel 6.18).
-        unsafe { (&raw const length).read_volatile() }
+        if features::has(features::XDP_FRAGS) {
+            // SAFETY: the kernel's context is valid while the program runs.
+            return unsafe { bpf_xdp_get_buff_len(self.ctx) as u32 };
+        }
+        first_buffer(self)
+    }
+
+    #[inline(always)]
+    fn is_linear(&self) -> bool {
+        !features::has(features::XDP_FRAGS) || self.length() == first_buffer(self)
     }
 
     #[inline(always)]

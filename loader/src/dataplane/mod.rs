@@ -32,7 +32,7 @@ use tracing::{debug, info};
 
 pub use cleanup::cleanup;
 pub use error::{DataplaneError, MapError};
-pub use programs::Features;
+pub use programs::{Features, object};
 pub use syscall::grace_period;
 pub use views::PinnedMaps;
 

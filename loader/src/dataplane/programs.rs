@@ -45,6 +45,8 @@ pub struct Features {
     pub coarse_clock: bool,
     /// The MTU in what BPF_FIB_LOOKUP answers (5.12).
     pub fib_mtu: bool,
+    /// XDP frames in several buffers (5.18).
+    pub xdp_frags: bool,
     /// TCX links (6.6).
     pub tcx: bool,
 }
@@ -58,6 +60,7 @@ impl Features {
             set_retval: at_least(5, 18),
             coarse_clock: at_least(5, 11),
             fib_mtu: at_least(5, 12),
+            xdp_frags: at_least(5, 18),
             tcx: at_least(6, 6),
         }
     }
@@ -70,6 +73,7 @@ impl Features {
             | bit(self.set_retval, features::SET_RETVAL)
             | bit(self.coarse_clock, features::COARSE_CLOCK)
             | bit(self.fib_mtu, features::FIB_MTU)
+            | bit(self.xdp_frags, features::XDP_FRAGS)
     }
 }
 
@@ -144,7 +148,7 @@ fn load_all(pins: &Pins, definitions: &[Definition], constants: u32) -> Result<E
         loader.map_pin_path(definition.name, Cow::Owned(pins.directory().join(definition.name)));
     }
     loader.override_global("FEATURES", &constants, true);
-    let mut ebpf = loader.load(crate::EBPF_OBJECT).map_err(load_error)?;
+    let mut ebpf = loader.load(&object(constants)).map_err(load_error)?;
     for name in CLASSIFIERS {
         load::<SchedClassifier>(&mut ebpf, name, SchedClassifier::load)?;
     }
@@ -153,6 +157,23 @@ fn load_all(pins: &Pins, definitions: &[Definition], constants: u32) -> Result<E
         load::<CgroupSockAddr>(&mut ebpf, name, CgroupSockAddr::load)?;
     }
     Ok(ebpf)
+}
+
+/// The object of the programs for these constants. That the XDP program takes frames in several buffers is said by its
+/// section's name, and refused by a kernel that has none.
+#[must_use]
+pub fn object(constants: u32) -> Cow<'static, [u8]> {
+    const FRAGS: &[u8] = b"xdp.frags\0";
+    const PLAIN: &[u8] = b"xdp\0";
+    let object = crate::EBPF_OBJECT;
+    if constants & features::XDP_FRAGS != 0 {
+        return object.into();
+    }
+    let mut object = object.to_vec();
+    if let Some(at) = object.windows(FRAGS.len()).position(|window| window == FRAGS) {
+        object[at..at + PLAIN.len()].copy_from_slice(PLAIN);
+    }
+    object.into()
 }
 
 fn load<'a, P: 'a>(

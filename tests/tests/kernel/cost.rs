@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use aya::programs::{Program, ProgramError};
 use aya::util::KernelVersion;
 use aya::{EbpfLoader, VerifierLogLevel};
-use sheave::dataplane::Features;
+use sheave::dataplane::{self, Features};
 use sheave_common::names;
 
 use crate::table::Table;
@@ -92,7 +92,7 @@ fn costs() -> Result<BTreeMap<String, Cost>> {
         loader.map_max_entries(name, 64);
     }
     loader.override_global("FEATURES", &features, true).verifier_log_level(VerifierLogLevel::STATS);
-    let mut object = loader.load(sheave::EBPF_OBJECT).context("loading the BPF object")?;
+    let mut object = loader.load(&dataplane::object(features)).context("loading the BPF object")?;
     let mut costs = BTreeMap::new();
     for (name, program) in object.programs_mut() {
         // aya keeps the verifier's words only if loading fails. Without a free descriptor it does, after the verifier has

@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
+use sheave::dataplane::Features;
 use sheave_common::frontend::flags;
 use sheave_common::interface::{Interface, flags as interface_flags};
 use sheave_common::{Address as _, DropReason, Ipv4Address, Ipv6Address, PROTOCOL_TCP, PROTOCOL_UDP, names};
@@ -134,6 +135,30 @@ fn xdp_answers_flows_to_remote_backends_by_itself() {
         // tc finds the same flow: the two never disagree.
         let data = uplink(programs, "uplink_ingress", &Packet::tcp(CLIENT, NODE, ACK).build(), ifindex);
         assert_eq!(View(&data.packet).tuple(), format!("{snat} → {REMOTE}"));
+    });
+}
+
+/// On a jumbo-frame uplink only small packets would get through.
+#[test]
+fn xdp_answers_a_jumbo_frame_in_several_buffers() {
+    if !Features::detect().xdp_frags {
+        println!("left out: this kernel's XDP frames are one buffer (before 5.18)");
+        return;
+    }
+    on_a_node(REMOTE, false, |programs, ifindex| {
+        let status = std::process::Command::new("ip").args(["link", "set", "up0", "mtu", "9000"]).status().unwrap();
+        assert!(status.success());
+        programs.xdp(&Packet::tcp(CLIENT, NODE, SYN).build(), ifindex).unwrap();
+        let jumbo = Packet::tcp(CLIENT, NODE, PSH | ACK).payload(&[7; 8_900]).build();
+        let out = programs.xdp(&jumbo, ifindex).unwrap();
+        assert_eq!((out.action, out.packet.len()), (XDP_TX, jumbo.len()));
+        let view = View(&out.packet);
+        assert_eq!((view.destination(), view.ttl()), (address(REMOTE), 63));
+        view.assert_checksums();
+        // Too big for the road is still too big.
+        let bigger = Packet::tcp(CLIENT, NODE, PSH | ACK).payload(&[7; 9_000]).build();
+        let up = programs.xdp(&bigger, ifindex).unwrap();
+        assert_eq!((up.action, up.packet == bigger.to_vec()), (XDP_PASS, true));
     });
 }
 
