@@ -154,7 +154,7 @@ impl Follower {
     /// Names of the Services that are known.
     #[must_use]
     pub fn services(&self) -> BTreeSet<String> {
-        self.model.services().map(|key| key.name.clone()).collect()
+        self.model.services().map(|key| key.name.to_string()).collect()
     }
 }
 

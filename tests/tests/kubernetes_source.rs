@@ -40,7 +40,7 @@ async fn follow(name: &str, api: &KubeApi) -> Follower {
 
 /// IPv4 endpoints of a Service's ports, policy Cluster.
 fn endpoints(follower: &Follower, service: &str) -> usize {
-    let key = ServiceKey { namespace: "default".to_owned(), name: service.to_owned() };
+    let key = ServiceKey { namespace: "default".into(), name: service.into() };
     follower.model.desired(&key).values().map(|port| port.endpoints4.cluster.len()).sum()
 }
 

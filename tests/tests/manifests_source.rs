@@ -123,7 +123,7 @@ async fn only_what_differs_is_reported() {
     folder.write("a.yaml", &format!("# a comment\n{}---\n{}", service_at("a", 80), service_at("b", 82)));
     running.until("a change", |running| running.changes.len() > before).await;
     running.settle().await;
-    assert!(matches!(&running.changes[before..], [Change::Service(service)] if service.key.name == "b"));
+    assert!(matches!(&running.changes[before..], [Change::Service(service)] if *service.key.name == *"b"));
 }
 
 /// Otherwise a file that takes a while to write would be read in half, and its Services would flap.

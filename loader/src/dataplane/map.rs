@@ -77,17 +77,36 @@ impl<K: Pod, V: Pod> Map<K, V> {
 
     /// Writes elements in as few system calls as the kernel allows.
     pub(super) fn put_all(&self, elements: &[(K, V)]) -> Result<(), MapError> {
-        let mut keys = Vec::with_capacity(size_of_val(elements));
-        let mut values = Vec::with_capacity(size_of_val(elements));
+        let written = self.put_together(elements);
+        elements[written..].iter().try_for_each(|(key, value)| self.put(key, value))
+    }
+
+    /// Writes elements in order by batch system calls, up to the first one that is better tried alone. Returns how many
+    /// were written: none on kernels without batches.
+    pub(super) fn put_together(&self, elements: &[(K, V)]) -> usize {
+        let mut keys = Vec::with_capacity(elements.len() * size_of::<K>());
+        let mut values = Vec::with_capacity(elements.len() * size_of::<V>());
         for (key, value) in elements {
             keys.extend_from_slice(bytes_of(key));
             values.extend_from_slice(bytes_of(value));
         }
-        let count = u32::try_from(elements.len()).unwrap_or(u32::MAX);
-        match syscall::map_update_batch(self.fd.as_fd(), &keys, &values, count) {
-            Err(error) if lacks_batches(&error) => elements.iter().try_for_each(|(key, value)| self.put(key, value)),
-            result => result.map_err(|source| self.error("write to", source)),
+        let (mut written, mut attempts) = (0, 0);
+        while written < elements.len() {
+            let count = u32::try_from(elements.len() - written).unwrap_or(u32::MAX);
+            let (keys, values) = (&keys[written * size_of::<K>()..], &values[written * size_of::<V>()..]);
+            let (now, result) = syscall::map_update_batch(self.fd.as_fd(), keys, values, count);
+            written += now as usize;
+            match result {
+                Ok(()) => {}
+                // As with single writes, the kernel's cache of elements needs a moment.
+                Err(error) if error.raw_os_error() == Some(libc::ENOMEM) && (now > 0 || attempts < ATTEMPTS) => {
+                    attempts = if now > 0 { 0 } else { attempts + 1 };
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(_) => break,
+            }
         }
+        written
     }
 
     /// Deletes an element; it need not be there.
@@ -97,26 +116,35 @@ impl<K: Pod, V: Pod> Map<K, V> {
 
     /// Every element; in a map that changes meanwhile, each that was there all the time at least once.
     pub(super) fn dump(&self) -> Result<Vec<(K, V)>, MapError> {
-        let wide = self.dump_wide()?;
-        Ok(wide.into_iter().filter_map(|(key, values)| Some((key, *values.first()?))).collect())
+        self.dump_while(|_| true)
+    }
+
+    /// As [`Self::dump`], but no more elements after the first one whose key is not wanted: of an array, the first ones.
+    pub(super) fn dump_while(&self, wanted: impl Fn(&K) -> bool) -> Result<Vec<(K, V)>, MapError> {
+        self.dump_with(|key, values| wanted(&key).then(|| (key, read(values, 0))))
     }
 
     /// Every element, with one value per CPU for a per-CPU map.
     pub(super) fn dump_wide(&self) -> Result<Vec<(K, Vec<V>)>, MapError> {
+        self.dump_with(|key, values| Some((key, (0..self.width).map(|cpu| read(values, cpu)).collect())))
+    }
+
+    /// What `element` makes of every element, up to the first one that it does not want.
+    fn dump_with<T>(&self, element: impl Fn(K, &[u8]) -> Option<T>) -> Result<Vec<T>, MapError> {
         let mut count = BATCH.min(self.max_entries.max(1));
         loop {
-            match self.dump_batches(count) {
+            match self.dump_batches(count, &element) {
                 // A bucket has more elements than the buffer.
                 Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => count *= 2,
                 Err(error) if lacks_batches(&error) => {
-                    return self.dump_one_by_one().map_err(|source| self.error("dump", source));
+                    return self.dump_one_by_one(&element).map_err(|source| self.error("dump", source));
                 }
                 result => return result.map_err(|source| self.error("dump", source)),
             }
         }
     }
 
-    fn dump_batches(&self, count: u32) -> io::Result<Vec<(K, Vec<V>)>> {
+    fn dump_batches<T>(&self, count: u32, element: impl Fn(K, &[u8]) -> Option<T>) -> io::Result<Vec<T>> {
         let room = count as usize;
         let (mut keys, mut values) = (buffer::<K>(room), buffer::<V>(room * self.width));
         let mut cursor = Cursor::default();
@@ -124,8 +152,10 @@ impl<K: Pod, V: Pod> Map<K, V> {
         loop {
             let (read_now, end) =
                 syscall::map_lookup_batch(self.fd.as_fd(), &mut cursor, &mut keys, &mut values, count)?;
-            for element in 0..read_now as usize {
-                elements.push((read(&keys, element), self.values(&values, element)));
+            let values = values.chunks_exact(self.width * size_of::<V>());
+            for (index, values) in values.take(read_now as usize).enumerate() {
+                let Some(element) = element(read(&keys, index), values) else { return Ok(elements) };
+                elements.push(element);
             }
             if end {
                 return Ok(elements);
@@ -133,12 +163,13 @@ impl<K: Pod, V: Pod> Map<K, V> {
         }
     }
 
-    fn dump_one_by_one(&self) -> io::Result<Vec<(K, Vec<V>)>> {
+    fn dump_one_by_one<T>(&self, element: impl Fn(K, &[u8]) -> Option<T>) -> io::Result<Vec<T>> {
         let mut elements = Vec::new();
         let (mut key, mut next, mut values) = (None::<Vec<u8>>, buffer::<K>(1), buffer::<V>(self.width));
         while syscall::map_next_key(self.fd.as_fd(), key.as_deref(), &mut next)? {
             if syscall::map_lookup(self.fd.as_fd(), &next, &mut values)? {
-                elements.push((read(&next, 0), self.values(&values, 0)));
+                let Some(element) = element(read(&next, 0), &values) else { break };
+                elements.push(element);
             }
             key = Some(next.clone());
             // A key that vanished starts the kernel over: there are never more keys than this.
@@ -147,10 +178,6 @@ impl<K: Pod, V: Pod> Map<K, V> {
             }
         }
         Ok(elements)
-    }
-
-    fn values(&self, values: &[u8], element: usize) -> Vec<V> {
-        (0..self.width).map(|cpu| read(values, element * self.width + cpu)).collect()
     }
 
     fn error(&self, action: &'static str, source: io::Error) -> MapError {

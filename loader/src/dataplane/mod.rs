@@ -6,6 +6,7 @@
 mod cgroup;
 mod cleanup;
 mod definitions;
+mod elements;
 mod error;
 mod links;
 mod map;
@@ -131,9 +132,8 @@ impl Dataplane {
     }
 
     fn execute(&mut self, batch: Batch) -> Applied {
-        let writer = &mut self.writer;
         let concerned = sockets::concerned(&batch);
-        let applied = self.planner.execute(batch, |write| writer.write(write));
+        let applied = self.planner.execute_in(batch, &mut self.writer);
         if concerned {
             self.sockets.look();
         }

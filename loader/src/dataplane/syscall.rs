@@ -239,8 +239,8 @@ pub(super) fn map_lookup_batch(
     Ok((attr.count, !found(result)?))
 }
 
-/// Writes `count` elements.
-pub(super) fn map_update_batch(map: BorrowedFd<'_>, keys: &[u8], values: &[u8], count: u32) -> io::Result<()> {
+/// Writes `count` elements in order, up to the first one that fails. Returns how many were written as well.
+pub(super) fn map_update_batch(map: BorrowedFd<'_>, keys: &[u8], values: &[u8], count: u32) -> (u32, io::Result<()>) {
     let mut attr = BatchAttr {
         in_batch: 0,
         out_batch: 0,
@@ -252,7 +252,10 @@ pub(super) fn map_update_batch(map: BorrowedFd<'_>, keys: &[u8], values: &[u8], 
         flags: 0,
     };
     // SAFETY: `Map` gives buffers of `count` keys and values of the map's sizes; the kernel only reads them.
-    unsafe { bpf(MAP_UPDATE_BATCH, &mut attr) }.map(drop)
+    let result = unsafe { bpf(MAP_UPDATE_BATCH, &mut attr) }.map(drop);
+    // An error before the first element leaves the count as it was.
+    let written = if result.is_err() && attr.count == count { 0 } else { attr.count };
+    (written, result)
 }
 
 fn found(result: io::Result<i64>) -> io::Result<bool> {

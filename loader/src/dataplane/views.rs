@@ -101,7 +101,7 @@ impl PinnedMaps {
     ///
     /// If the kernel refuses.
     pub fn backend_table(&self) -> Result<Vec<u32>, MapError> {
-        table(&self.maps)
+        table(&self.maps, self.maps.backend_table.max_entries())
     }
 
     /// `source_ranges4` and `source_ranges6`: service id → clients that its guarded frontends let in.
@@ -154,15 +154,11 @@ impl PinnedMaps {
     }
 }
 
-/// `backend_table` as a list.
-pub(super) fn table(maps: &Maps) -> Result<Vec<u32>, MapError> {
-    let mut table = vec![0; maps.backend_table.max_entries() as usize];
-    for (index, id) in maps.backend_table.dump()? {
-        if let Some(element) = table.get_mut(index as usize) {
-            *element = id;
-        }
-    }
-    Ok(table)
+/// The first elements of `backend_table` as a list, `end` of them.
+pub(super) fn table(maps: &Maps, end: u32) -> Result<Vec<u32>, MapError> {
+    // The kernel reads an array in the order of its indexes.
+    let elements = maps.backend_table.dump_while(|index| *index < end)?;
+    Ok(elements.into_iter().map(|(_, id)| id).collect())
 }
 
 /// How many values an element of a per-CPU map has.

@@ -1,20 +1,17 @@
-//! Makes the plan's writes: turns them into map elements, gives each frontend and backend its version, and counts.
+//! Makes the plan's writes, many of a kind together where that is possible, gives each frontend and backend its version, and
+//! counts.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use sheave_common::config::{Config, flags};
-use sheave_common::frontend::{self, FrontendKey};
 use sheave_common::interface::Interface;
-use sheave_common::service_name::ServiceName;
-use sheave_common::{Address, Ipv4Address, Ipv6Address, backend};
 
 use super::error::MapError;
 use super::maps::Maps;
-use super::{networks, views};
-use crate::model::desired::{Protocol, ServiceKey, ServicePortName};
+use super::{elements, networks, views};
 use crate::model::network::Network;
-use crate::plan::{Backend, Dump, Frontend, FrontendAddress, Write};
+use crate::plan::{Dump, Operation, Sink, Write};
 
 /// Versions that are reserved at once.
 const VERSIONS: u64 = 1 << 16;
@@ -101,29 +98,31 @@ impl Writer {
     }
 
     /// Makes one of the plan's writes.
-    pub(super) fn write(&mut self, write: &Write) -> Result<(), MapError> {
+    fn write_one(&mut self, write: &Write) -> Result<(), MapError> {
         match write {
             Write::Reserve { next_backend_id, next_service_id } => {
                 let (next_backend_id, next_service_id) = (*next_backend_id, *next_service_id);
                 return self.set_config(Config { next_backend_id, next_service_id, ..self.config });
             }
             Write::PutName { service_id, name } => {
-                let text = name.to_string();
                 // The plan refuses names that do not fit.
-                if let Some(name) = ServiceName::new(name.protocol.number(), &text) {
+                if let Some(name) = elements::name_value(name) {
                     self.maps.service_names.put(service_id, &name)?;
                 }
             }
             Write::PutBackend { id, backend } => {
                 let version = self.version()?;
                 match backend.address {
-                    IpAddr::V4(address) => self.maps.v4.backends.put(id, &backend_value(backend, address, version))?,
-                    IpAddr::V6(address) => self.maps.v6.backends.put(id, &backend_value(backend, address, version))?,
+                    IpAddr::V4(address) => {
+                        self.maps.v4.backends.put(id, &elements::backend_value(backend, address, version))?
+                    }
+                    IpAddr::V6(address) => {
+                        self.maps.v6.backends.put(id, &elements::backend_value(backend, address, version))?
+                    }
                 }
             }
             Write::WriteRun { first, ids } => {
-                let elements: Vec<(u32, u32)> = (*first..).zip(ids.iter().copied()).collect();
-                self.maps.backend_table.put_all(&elements)?;
+                self.maps.backend_table.put_all(&elements::run(*first, ids).collect::<Vec<_>>())?;
             }
             Write::PutSourceRange { service_id, network } => {
                 networks::put_source_range(&self.maps, *service_id, network)?;
@@ -132,24 +131,40 @@ impl Writer {
                 networks::delete_source_range(&self.maps, *service_id, network)?;
             }
             Write::PutFrontend { address, frontend } => {
-                let value = frontend_value(frontend, self.version()?);
+                let value = elements::frontend_value(frontend, self.version()?);
                 match address.address {
-                    IpAddr::V4(ip) => self.maps.v4.frontends.put(&key(address, ip), &value)?,
-                    IpAddr::V6(ip) => self.maps.v6.frontends.put(&key(address, ip), &value)?,
+                    IpAddr::V4(ip) => self.maps.v4.frontends.put(&elements::key(address, ip), &value)?,
+                    IpAddr::V6(ip) => self.maps.v6.frontends.put(&elements::key(address, ip), &value)?,
                 }
             }
             Write::DeleteFrontend { address } => match address.address {
-                IpAddr::V4(ip) => drop(self.maps.v4.frontends.delete(&key(address, ip))?),
-                IpAddr::V6(ip) => drop(self.maps.v6.frontends.delete(&key(address, ip))?),
+                IpAddr::V4(ip) => drop(self.maps.v4.frontends.delete(&elements::key(address, ip))?),
+                IpAddr::V6(ip) => drop(self.maps.v6.frontends.delete(&elements::key(address, ip))?),
             },
-            Write::DeleteBackend { id, address } => match address {
-                IpAddr::V4(_) => drop(self.maps.v4.backends.delete(id)?),
-                IpAddr::V6(_) => drop(self.maps.v6.backends.delete(id)?),
-            },
+            Write::DeleteBackend { id, endpoint: SocketAddr::V4(_), .. } => drop(self.maps.v4.backends.delete(id)?),
+            Write::DeleteBackend { id, endpoint: SocketAddr::V6(_), .. } => drop(self.maps.v6.backends.delete(id)?),
             Write::DeleteName { service_id } => drop(self.maps.service_names.delete(service_id)?),
         }
         self.writes += 1;
         Ok(())
+    }
+
+    /// Writes runs, and returns how many of them are complete.
+    fn write_runs(&self, operations: &[Operation]) -> usize {
+        let (mut elements, mut ends) = (Vec::new(), Vec::new());
+        for operation in operations {
+            if let Write::WriteRun { first, ids } = &operation.write {
+                elements.extend(elements::run(*first, ids));
+                ends.push(elements.len());
+            }
+        }
+        let written = self.maps.backend_table.put_together(&elements);
+        ends.iter().take_while(|end| **end <= written).count()
+    }
+
+    /// Versions for so many elements, or for fewer if the config can't be written.
+    fn versions(&mut self, number: usize) -> Vec<u64> {
+        (0..number).map_while(|_| self.version().ok()).collect()
     }
 
     /// A version that no element ever had: reserved in the pinned config before it is used.
@@ -166,17 +181,21 @@ impl Writer {
     /// What the maps hold, for the plan.
     pub(super) fn dump(&self) -> Result<Dump, MapError> {
         let maps = &self.maps;
-        let mut frontends: Vec<_> = maps.v4.frontends.dump()?.iter().map(plan_frontend).collect();
-        frontends.extend(maps.v6.frontends.dump()?.iter().map(plan_frontend));
-        let mut backends: Vec<_> = maps.v4.backends.dump()?.iter().map(plan_backend).collect();
-        backends.extend(maps.v6.backends.dump()?.iter().map(plan_backend));
+        let mut frontends: Vec<_> = maps.v4.frontends.dump()?.iter().map(elements::plan_frontend).collect();
+        frontends.extend(maps.v6.frontends.dump()?.iter().map(elements::plan_frontend));
+        let mut backends: Vec<_> = maps.v4.backends.dump()?.iter().map(elements::plan_backend).collect();
+        backends.extend(maps.v6.backends.dump()?.iter().map(elements::plan_backend));
         let names = maps.service_names.dump()?;
+        // Nobody asks for what lies behind the last run.
+        let sets = frontends.iter().flat_map(|(_, frontend)| [frontend.cluster, frontend.local]);
+        let end = sets.map(|set| set.first.saturating_add(set.length)).max().unwrap_or(0);
         Ok(Dump {
             frontends,
             backends,
-            names: names.iter().map(|(id, name)| (*id, parse(name))).collect(),
+            names: names.iter().map(|(id, name)| (*id, elements::parse(name))).collect(),
             source_ranges: networks::source_ranges(maps)?,
-            table: views::table(maps)?,
+            table: views::table(maps, end.min(maps.backend_table.max_entries()))?,
+            table_size: maps.backend_table.max_entries(),
             next_backend_id: self.config.next_backend_id,
             next_service_id: self.config.next_service_id,
             service_limit: maps.service_names.max_entries(),
@@ -184,94 +203,37 @@ impl Writer {
     }
 }
 
-fn key<A, S: Into<A>>(address: &FrontendAddress, ip: S) -> FrontendKey<A> {
-    FrontendKey::new(ip.into(), address.port.to_be(), address.protocol)
-}
+impl Sink for Writer {
+    type Error = MapError;
 
-fn frontend_value(frontend: &Frontend, version: u64) -> frontend::Frontend {
-    frontend::Frontend {
-        version,
-        service_id: frontend.service_id,
-        flags: frontend.flags,
-        cluster: frontend.cluster,
-        local: frontend.local,
-        affinity_seconds: frontend.affinity_seconds,
-        algorithm: frontend.algorithm,
+    fn write(&mut self, write: &Write) -> Result<(), MapError> {
+        self.write_one(write)
     }
-}
 
-fn backend_value<A: Address, S: Into<A>>(backend: &Backend, address: S, version: u64) -> backend::Backend<A> {
-    backend::Backend {
-        version,
-        service_id: backend.service_id,
-        address: address.into(),
-        port_be: backend.port.to_be(),
-        weight: backend.weight,
-        flags: backend.flags,
-        reserved: A::FILL,
-    }
-}
-
-/// An address of either family for the plan.
-trait Ip: Copy {
-    fn ip(self) -> IpAddr;
-}
-
-impl Ip for Ipv4Address {
-    fn ip(self) -> IpAddr {
-        IpAddr::V4(self.into())
-    }
-}
-
-impl Ip for Ipv6Address {
-    fn ip(self) -> IpAddr {
-        IpAddr::V6(self.into())
-    }
-}
-
-fn plan_frontend<A: Ip>((key, value): &(FrontendKey<A>, frontend::Frontend)) -> (FrontendAddress, Frontend) {
-    let address = SocketAddr::new(key.address.ip(), u16::from_be(key.port_be));
-    let frontend = Frontend {
-        service_id: value.service_id,
-        flags: value.flags,
-        cluster: value.cluster,
-        local: value.local,
-        affinity_seconds: value.affinity_seconds,
-        algorithm: value.algorithm,
-    };
-    (FrontendAddress::new(address, key.protocol), frontend)
-}
-
-fn plan_backend<A: Address + Ip>((id, value): &(u32, backend::Backend<A>)) -> (u32, Backend) {
-    let backend = Backend {
-        service_id: value.service_id,
-        address: value.address.ip(),
-        port: u16::from_be(value.port_be),
-        weight: value.weight,
-        flags: value.flags,
-    };
-    (*id, backend)
-}
-
-/// The service port that a name in the map stands for.
-fn parse(name: &ServiceName) -> Option<ServicePortName> {
-    let (namespace, rest) = name.as_str()?.split_once('/')?;
-    let (service, port) = rest.split_once(':').unwrap_or((rest, ""));
-    let service = ServiceKey { namespace: namespace.to_owned(), name: service.to_owned() };
-    Some(ServicePortName { service, port: port.to_owned(), protocol: Protocol::from_number(name.protocol)? })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_name_in_the_map_is_read_back_as_the_service_port_it_was_written_for() {
-        for port in ["", "http"] {
-            let service = ServiceKey { namespace: "kube-system".to_owned(), name: "dns".to_owned() };
-            let name = ServicePortName { service, port: port.to_owned(), protocol: Protocol::Udp };
-            let stored = ServiceName::new(name.protocol.number(), &name.to_string()).expect("it fits");
-            assert_eq!(parse(&stored), Some(name));
-        }
+    fn write_together(&mut self, operations: &[Operation]) -> usize {
+        let number = operations.len();
+        let written = match operations.first().map(|operation| &operation.write) {
+            Some(Write::PutName { .. }) => self.maps.service_names.put_together(&elements::names(operations)),
+            Some(Write::PutBackend { backend, .. }) if backend.address.is_ipv4() => {
+                let elements = elements::backends(operations, self.versions(number));
+                self.maps.v4.backends.put_together(&elements)
+            }
+            Some(Write::PutBackend { .. }) => {
+                let elements = elements::backends(operations, self.versions(number));
+                self.maps.v6.backends.put_together(&elements)
+            }
+            Some(Write::PutFrontend { address, .. }) if address.address.is_ipv4() => {
+                let elements = elements::frontends(operations, self.versions(number));
+                self.maps.v4.frontends.put_together(&elements)
+            }
+            Some(Write::PutFrontend { .. }) => {
+                let elements = elements::frontends(operations, self.versions(number));
+                self.maps.v6.frontends.put_together(&elements)
+            }
+            Some(Write::WriteRun { .. }) => self.write_runs(operations),
+            _ => 0,
+        };
+        self.writes += written as u64;
+        written
     }
 }

@@ -8,6 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use sheave_common::frontend::algorithm;
 
 use super::network::Network;
+use super::text::Text;
 
 /// Transport protocol of a service port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -54,9 +55,9 @@ impl fmt::Display for Protocol {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ServiceKey {
     /// metadata.namespace
-    pub namespace: String,
+    pub namespace: Text,
     /// metadata.name
-    pub name: String,
+    pub name: Text,
 }
 
 impl fmt::Display for ServiceKey {
@@ -71,9 +72,18 @@ pub struct ServicePortName {
     /// The Service.
     pub service: ServiceKey,
     /// Name of the port in the Service; empty if it has none.
-    pub port: String,
+    pub port: Text,
     /// Its protocol.
     pub protocol: Protocol,
+}
+
+impl ServicePortName {
+    /// Octets of its text.
+    #[must_use]
+    pub fn length(&self) -> usize {
+        let port = if self.port.is_empty() { 0 } else { 1 + self.port.len() };
+        self.service.namespace.len() + 1 + self.service.name.len() + port
+    }
 }
 
 impl fmt::Display for ServicePortName {
@@ -141,11 +151,11 @@ pub struct ServicePort {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EndpointSets {
     /// For policy Cluster, after readiness and topology.
-    pub cluster: Vec<Endpoint>,
+    pub cluster: Box<[Endpoint]>,
     /// For policy Local. Filled whether or not a policy uses it.
-    pub local: Vec<Endpoint>,
+    pub local: Box<[Endpoint]>,
     /// In neither, but still serving: what they have stays with them.
-    pub kept: Vec<Endpoint>,
+    pub kept: Box<[Endpoint]>,
 }
 
 /// One endpoint. Address and port identify it within a service port.

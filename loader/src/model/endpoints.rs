@@ -47,8 +47,8 @@ pub(super) fn choose<'a>(
 ) -> EndpointSets {
     let mut candidates: BTreeMap<(IpAddr, u16), Candidate<'a>> = BTreeMap::new();
     for slice in slices.filter(|slice| !slice.ignored && slice.family == Some(family)) {
-        for port in slice.ports.iter().filter(|port| port.name == name && port.protocol == protocol) {
-            for endpoint in &slice.endpoints {
+        for port in slice.ports.iter().filter(|port| *port.name == *name && port.protocol == protocol) {
+            for endpoint in &*slice.endpoints {
                 let candidate = Candidate { endpoint, port: port.port, local: topology.is_local(endpoint) };
                 let key = (endpoint.address, port.port);
                 if candidates.get(&key).is_none_or(|known| known.rank() < candidate.rank()) {
@@ -71,7 +71,7 @@ pub(super) fn choose<'a>(
     }
 
     let endpoints =
-        |chosen: Vec<&Candidate<'_>>| -> Vec<Endpoint> { chosen.into_iter().map(Candidate::to_endpoint).collect() };
+        |chosen: Vec<&Candidate<'_>>| -> Box<[Endpoint]> { chosen.into_iter().map(Candidate::to_endpoint).collect() };
     let (cluster, local) = (endpoints(cluster), endpoints(local));
     let serving = all().filter(|c| c.endpoint.serving).map(Candidate::to_endpoint);
     // Sets are sorted.

@@ -48,7 +48,7 @@ fn ready<'a>(
         };
         !slice.ignored && slice.family == Some(family) && service.ports.iter().any(is)
     };
-    let endpoints = slices.filter(|slice| serves(slice)).flat_map(|slice| &slice.endpoints);
+    let endpoints = slices.filter(|slice| serves(slice)).flat_map(|slice| &*slice.endpoints);
     let ready = endpoints.filter(|one| one.ready && !one.terminating && topology.is_local(one));
     ready.map(|endpoint| endpoint.address).collect::<BTreeSet<IpAddr>>().len()
 }

@@ -5,10 +5,12 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::desired::{Algorithm, Protocol, ServiceKey};
 use super::network::Network;
+use super::text::Text;
 
 /// A field of an object that had to be skipped.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -115,7 +117,7 @@ impl Service {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Port {
     /// Its name, empty if it has none.
-    pub name: String,
+    pub name: Text,
     /// Its protocol.
     pub protocol: Protocol,
     /// Port of the ClusterIP, machine order.
@@ -128,9 +130,9 @@ pub struct Port {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SliceKey {
     /// metadata.namespace
-    pub namespace: String,
+    pub namespace: Text,
     /// metadata.name
-    pub name: String,
+    pub name: Text,
 }
 
 impl fmt::Display for SliceKey {
@@ -151,9 +153,9 @@ pub struct EndpointSlice {
     /// addressType; `None` for FQDN, which is never balanced.
     pub family: Option<Family>,
     /// Ports that have a name (which may be empty) and a number.
-    pub ports: Vec<SlicePort>,
-    /// Endpoints of which the first address is one of the slice's family.
-    pub endpoints: Vec<SliceEndpoint>,
+    pub ports: Arc<[SlicePort]>,
+    /// Endpoints of which the first address is one of the slice's family. Copies share them.
+    pub endpoints: Arc<[SliceEndpoint]>,
     /// The annotation `endpoints.kubernetes.io/last-change-trigger-time`: when the pod or Service changed for which the
     /// slice was last written.
     pub triggered: Option<SystemTime>,
@@ -165,7 +167,7 @@ pub struct EndpointSlice {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlicePort {
     /// Name of the Service's port that it stands for.
-    pub name: String,
+    pub name: Text,
     /// Its protocol.
     pub protocol: Protocol,
     /// Port of the endpoints, machine order.
@@ -178,7 +180,7 @@ pub struct SliceEndpoint {
     /// addresses[0]
     pub address: IpAddr,
     /// Name of the node that it runs on.
-    pub node_name: Option<String>,
+    pub node_name: Option<Text>,
     /// conditions.ready, absent ⇒ true.
     pub ready: bool,
     /// conditions.serving, absent ⇒ ready.
@@ -187,10 +189,17 @@ pub struct SliceEndpoint {
     pub terminating: bool,
     /// Share of new connections relative to the others, by the slice's annotation; absent ⇒ 1.
     pub weight: u16,
+    /// hints, if there are any.
+    pub hints: Option<Box<Hints>>,
+}
+
+/// Who should use an endpoint.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hints {
     /// hints.forNodes
-    pub for_nodes: Vec<String>,
+    pub for_nodes: Vec<Text>,
     /// hints.forZones
-    pub for_zones: Vec<String>,
+    pub for_zones: Vec<Text>,
 }
 
 /// A Node. Only this node's is ever used.

@@ -1,6 +1,7 @@
 //! Which ready endpoints the cluster set prefers: those hinted at this node, else at its zone, else all.
 
 use super::objects::SliceEndpoint;
+use super::text::Text;
 
 /// Where this node is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -37,9 +38,9 @@ impl Topology {
     }
 
     fn preference<'a, I: Iterator<Item = &'a SliceEndpoint>>(&self, ready: impl Fn() -> I) -> Preference {
-        if ready().all(|endpoint| !endpoint.for_nodes.is_empty()) && ready().any(|e| self.names_node(e)) {
+        if ready().all(|endpoint| !for_nodes(endpoint).is_empty()) && ready().any(|e| self.names_node(e)) {
             Preference::Node
-        } else if ready().all(|endpoint| !endpoint.for_zones.is_empty()) && ready().any(|e| self.names_zone(e)) {
+        } else if ready().all(|endpoint| !for_zones(endpoint).is_empty()) && ready().any(|e| self.names_zone(e)) {
             Preference::Zone
         } else {
             Preference::All
@@ -47,10 +48,18 @@ impl Topology {
     }
 
     fn names_node(&self, endpoint: &SliceEndpoint) -> bool {
-        endpoint.for_nodes.contains(&self.node_name)
+        for_nodes(endpoint).iter().any(|name| **name == *self.node_name)
     }
 
     fn names_zone(&self, endpoint: &SliceEndpoint) -> bool {
-        self.zone.as_ref().is_some_and(|zone| endpoint.for_zones.contains(zone))
+        self.zone.as_ref().is_some_and(|zone| for_zones(endpoint).iter().any(|name| **name == **zone))
     }
+}
+
+fn for_nodes(endpoint: &SliceEndpoint) -> &[Text] {
+    endpoint.hints.as_ref().map_or(&[], |hints| &hints.for_nodes)
+}
+
+fn for_zones(endpoint: &SliceEndpoint) -> &[Text] {
+    endpoint.hints.as_ref().map_or(&[], |hints| &hints.for_zones)
 }

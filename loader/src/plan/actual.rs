@@ -1,10 +1,11 @@
 //! The mirror of what the kernel holds: built from a dump of the maps, moved by every write that succeeded.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::net::{IpAddr, Ipv4Addr};
 
 use sheave_common::frontend::{BackendSet, flags};
 
+use super::backends::Backends;
 use super::runs::Runs;
 use super::write::{Backend, Frontend, FrontendAddress, Write};
 use crate::model::desired::ServicePortName;
@@ -21,8 +22,10 @@ pub struct Dump {
     pub names: Vec<(u32, Option<ServicePortName>)>,
     /// `source_ranges4` and `source_ranges6`, with their service ids.
     pub source_ranges: Vec<(u32, Network)>,
-    /// `backend_table`, all of it.
+    /// `backend_table`, at least as far as frontends name it.
     pub table: Vec<u32>,
+    /// Number of its elements.
+    pub table_size: u32,
     /// From `config`; 0 if it was never written.
     pub next_backend_id: u32,
     /// From `config`; 0 if it was never written.
@@ -35,7 +38,7 @@ pub struct Dump {
 #[derive(Clone, Debug)]
 pub(super) struct Actual {
     pub(super) frontends: BTreeMap<FrontendAddress, Frontend>,
-    pub(super) backends: BTreeMap<u32, Backend>,
+    pub(super) backends: Backends,
     pub(super) names: BTreeMap<u32, ServicePortName>,
     /// (service id, clients).
     pub(super) source_ranges: BTreeSet<(u32, Network)>,
@@ -43,23 +46,20 @@ pub(super) struct Actual {
     /// Names that identify nothing: unreadable, or a second id for one service port.
     pub(super) stray_names: BTreeSet<u32>,
     frontends_of: BTreeSet<(u32, FrontendAddress)>,
-    /// (service id, endpoint) → backend id.
-    backend_ids: BTreeMap<(u32, SocketAddr), u32>,
 }
 
 impl Actual {
     pub(super) fn restore(dump: Dump) -> Self {
         let mut actual = Self {
             frontends: BTreeMap::new(),
-            backends: BTreeMap::new(),
+            backends: Backends::restore(dump.backends),
             names: BTreeMap::new(),
             source_ranges: dump.source_ranges.into_iter().collect(),
-            runs: Runs::new(u32::try_from(dump.table.len()).unwrap_or(u32::MAX)),
+            runs: Runs::new(dump.table_size),
             stray_names: BTreeSet::new(),
             frontends_of: BTreeSet::new(),
-            backend_ids: BTreeMap::new(),
         };
-        let mut known = BTreeSet::new();
+        let mut known = HashSet::new();
         let mut names = dump.names;
         names.sort_unstable_by_key(|(id, _)| *id);
         for (id, name) in names {
@@ -68,16 +68,10 @@ impl Actual {
                 _ => drop(actual.stray_names.insert(id)),
             }
         }
-        let mut backends = dump.backends;
-        backends.sort_unstable_by_key(|(id, _)| *id);
-        for (id, backend) in backends {
-            actual.backend_ids.entry((backend.service_id, endpoint(&backend))).or_insert(id);
-            actual.backends.insert(id, backend);
-        }
         for (_, frontend) in &dump.frontends {
             for set in [frontend.cluster, frontend.local] {
                 if let Some(ids) = run_of(&dump.table, set) {
-                    actual.runs.restore(frontend.service_id, set, ids.to_vec());
+                    actual.runs.restore(frontend.service_id, set, ids.into());
                 }
             }
         }
@@ -90,7 +84,7 @@ impl Actual {
     /// Every service id that something in the kernel carries.
     pub(super) fn service_ids(&self) -> BTreeSet<u32> {
         let named = self.names.keys().chain(&self.stray_names).copied();
-        let ids = named.chain(self.backends.values().map(|backend| backend.service_id));
+        let ids = named.chain(self.backends.services());
         let ids = ids.chain(self.source_ranges.iter().map(|(id, _)| *id));
         ids.chain(self.frontends.values().map(|frontend| frontend.service_id)).collect()
     }
@@ -99,18 +93,6 @@ impl Actual {
     pub(super) fn frontends_of(&self, service_id: u32) -> impl Iterator<Item = FrontendAddress> + '_ {
         let first = (service_id, FrontendAddress::mark(IpAddr::V4(Ipv4Addr::UNSPECIFIED)));
         self.frontends_of.range(first..).take_while(move |(id, _)| *id == service_id).map(|(_, address)| *address)
-    }
-
-    /// The backend id of a service port's endpoint.
-    pub(super) fn backend_id(&self, service_id: u32, endpoint: SocketAddr) -> Option<u32> {
-        self.backend_ids.get(&(service_id, endpoint)).copied()
-    }
-
-    /// A service port's endpoints in the kernel, with their ids.
-    pub(super) fn backends_of(&self, service_id: u32) -> impl Iterator<Item = (SocketAddr, u32)> + '_ {
-        let first = (service_id, SocketAddr::from(([0, 0, 0, 0], 0)));
-        let range = self.backend_ids.range(first..).take_while(move |((id, _), _)| *id == service_id);
-        range.map(|((_, endpoint), id)| (*endpoint, *id))
     }
 
     /// Clients that the kernel lets use a service port's guarded frontends.
@@ -148,17 +130,11 @@ impl Actual {
                 Vec::new()
             }
             Write::PutBackend { id, backend } => {
-                self.backend_ids.insert((backend.service_id, endpoint(backend)), *id);
-                self.backends.insert(*id, *backend);
+                self.backends.put(*id, backend);
                 Vec::new()
             }
-            Write::DeleteBackend { id, .. } => {
-                if let Some(backend) = self.backends.remove(id) {
-                    let key = (backend.service_id, endpoint(&backend));
-                    if self.backend_ids.get(&key) == Some(id) {
-                        self.backend_ids.remove(&key);
-                    }
-                }
+            Write::DeleteBackend { id, service_id, endpoint } => {
+                self.backends.delete(*service_id, *endpoint, *id);
                 Vec::new()
             }
             Write::PutFrontend { address, frontend } => self.put_frontend(*address, *frontend),
@@ -184,10 +160,6 @@ impl Actual {
         let sets = [old.cluster, old.local];
         sets.into_iter().filter(|set| self.runs.unname(*set)).map(|set| set.first).collect()
     }
-}
-
-fn endpoint(backend: &Backend) -> SocketAddr {
-    SocketAddr::new(backend.address, backend.port)
 }
 
 fn run_of(table: &[u32], set: BackendSet) -> Option<&[u32]> {

@@ -3,20 +3,22 @@
 //! Several may claim one (a shared external IP): the first by name has it, so that every node and every restart agree,
 //! and the next one gets it when that one leaves.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use sheave_common::frontend::flags::{
     CLUSTER_IP, EXTERNAL_IP, HAS_ENDPOINT, LOAD_BALANCER, SERVICE_ADDRESS, WHOLE_ADDRESS,
 };
 
+use super::wanted::Wanted;
 use super::write::FrontendAddress;
-use crate::model::desired::{ServicePort, ServicePortName};
+use crate::model::desired::ServicePortName;
 
 /// All claims.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Claims {
-    claimants: BTreeMap<FrontendAddress, BTreeSet<ServicePortName>>,
+    /// Sorted; never empty.
+    claimants: BTreeMap<FrontendAddress, Vec<ServicePortName>>,
     /// Addresses that carry a mark.
     marked: BTreeMap<IpAddr, Marked>,
 }
@@ -60,31 +62,44 @@ impl Marked {
 /// Frontends and marks whose value may have changed.
 #[derive(Debug, Default)]
 pub(super) struct Touched {
-    pub(super) frontends: BTreeSet<FrontendAddress>,
-    pub(super) addresses: BTreeSet<IpAddr>,
+    pub(super) frontends: Vec<FrontendAddress>,
+    pub(super) addresses: Vec<IpAddr>,
+}
+
+impl Touched {
+    /// Each once, in order.
+    pub(super) fn sort(&mut self) {
+        self.frontends.sort_unstable();
+        self.frontends.dedup();
+        self.addresses.sort_unstable();
+        self.addresses.dedup();
+    }
 }
 
 impl Claims {
-    pub(super) fn claim(&mut self, name: &ServicePortName, port: &ServicePort, touched: &mut Touched) {
+    pub(super) fn claim(&mut self, name: &ServicePortName, port: &Wanted, touched: &mut Touched) {
         for (key, asked) in frontends(name, port) {
-            self.claimants.entry(key).or_default().insert(name.clone());
-            touched.frontends.insert(key);
+            let claimants = self.claimants.entry(key).or_insert_with(|| Vec::with_capacity(1));
+            if let Err(place) = claimants.binary_search(name) {
+                claimants.insert(place, name.clone());
+            }
+            touched.frontends.push(key);
             if let Some(asked) = asked {
                 self.marked.entry(key.address).or_default().add(asked);
-                touched.addresses.insert(key.address);
+                touched.addresses.push(key.address);
             }
         }
     }
 
-    pub(super) fn release(&mut self, name: &ServicePortName, port: &ServicePort, touched: &mut Touched) {
+    pub(super) fn release(&mut self, name: &ServicePortName, port: &Wanted, touched: &mut Touched) {
         for (key, asked) in frontends(name, port) {
             if let Some(claimants) = self.claimants.get_mut(&key) {
-                claimants.remove(name);
+                claimants.retain(|claimant| claimant != name);
                 if claimants.is_empty() {
                     self.claimants.remove(&key);
                 }
             }
-            touched.frontends.insert(key);
+            touched.frontends.push(key);
             if let Some(asked) = asked
                 && let Some(marked) = self.marked.get_mut(&key.address)
             {
@@ -92,7 +107,7 @@ impl Claims {
                 if marked.cluster + marked.service == 0 {
                     self.marked.remove(&key.address);
                 }
-                touched.addresses.insert(key.address);
+                touched.addresses.push(key.address);
             }
         }
     }
@@ -129,7 +144,7 @@ pub(super) const fn mark_of(flags: u32) -> Option<u32> {
 
 fn frontends<'a>(
     name: &'a ServicePortName,
-    port: &'a ServicePort,
+    port: &'a Wanted,
 ) -> impl Iterator<Item = (FrontendAddress, Option<Asked>)> + 'a {
     let key = |address: &SocketAddr| FrontendAddress::new(*address, name.protocol.number());
     let has_endpoint = |address: &SocketAddr| {

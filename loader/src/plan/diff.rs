@@ -1,10 +1,10 @@
 //! The diff: what must be written so that the changed service ports are in the kernel as desired.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 
-use sheave_common::backend::flags::{IN_CLUSTER_SET, IN_LOCAL_SET, IN_USE, LOCAL, SERVING, TERMINATING};
-use sheave_common::frontend::{BackendSet, flags};
+use sheave_common::backend::flags::IN_USE;
+use sheave_common::frontend::BackendSet;
 use sheave_common::service_name::TEXT_LENGTH;
 
 use super::actual::{Actual, Dump};
@@ -12,6 +12,7 @@ use super::claims::{Claims, Touched, mark_of};
 use super::identity::Identity;
 use super::reclaim::Queue;
 use super::spread::spread;
+use super::wanted::{Wanted, socket};
 use super::write::{Backend, Batch, Frontend, FrontendAddress, Operation, Owner, Write};
 use crate::model::desired::{Algorithm, Endpoint, EndpointSets, ServicePort, ServicePortName};
 
@@ -45,7 +46,7 @@ pub enum PlanError {
 pub(super) struct Service {
     pub(super) id: Option<u32>,
     /// `None`: it should not be there.
-    pub(super) desired: Option<ServicePort>,
+    pub(super) desired: Option<Box<Wanted>>,
     /// Its sets per family; `None` if they are not in the kernel.
     pub(super) sets: Option<[Sets; 2]>,
 }
@@ -59,7 +60,7 @@ pub(super) struct Sets {
 /// The planner: desired and actual state, and the allocators between them.
 #[derive(Clone, Debug)]
 pub struct Planner {
-    pub(super) services: BTreeMap<ServicePortName, Service>,
+    pub(super) services: HashMap<ServicePortName, Service>,
     pub(super) actual: Actual,
     pub(super) identity: Identity,
     pub(super) queue: Queue,
@@ -99,7 +100,7 @@ impl Planner {
         let (next_backend_id, next_service_id) = (dump.next_backend_id, dump.next_service_id);
         let service_limit = dump.service_limit;
         let actual = Actual::restore(dump);
-        let backends = actual.backends.keys().copied();
+        let backends = actual.backends.iter().map(|(_, held)| held.id);
         let identity =
             Identity::restore(next_backend_id, next_service_id, backends, &actual.service_ids(), service_limit);
         let restored =
@@ -123,14 +124,15 @@ impl Planner {
     /// Writes that make everything as desired: service ports that are not listed are removed, and so is whatever
     /// belongs to none.
     pub fn plan_all(&mut self, desired: BTreeMap<ServicePortName, ServicePort>) -> Batch {
-        let mut changed: BTreeMap<_, _> = self.services.keys().map(|name| (name.clone(), None)).collect();
-        changed.extend(desired.into_iter().map(|(name, port)| (name, Some(port))));
+        let gone = self.services.keys().filter(|name| !desired.contains_key(*name)).cloned();
+        let gone: Vec<_> = gone.map(|name| (name, None)).collect();
+        let changed = gone.into_iter().chain(desired.into_iter().map(|(name, port)| (name, Some(port))));
         let mut touched = Touched::default();
         for (address, frontend) in &self.actual.frontends {
             if address.is_mark() {
-                touched.addresses.insert(address.address);
+                touched.addresses.push(address.address);
             } else if !self.actual.names.contains_key(&frontend.service_id) {
-                touched.frontends.insert(*address);
+                touched.frontends.push(*address);
             }
         }
         self.queue_strays();
@@ -140,10 +142,10 @@ impl Planner {
     /// Takes over what is desired. Returns the service ports to plan.
     fn take_over(
         &mut self,
-        changed: BTreeMap<ServicePortName, Option<ServicePort>>,
+        changed: impl IntoIterator<Item = (ServicePortName, Option<ServicePort>)>,
         touched: &mut Touched,
-    ) -> BTreeSet<ServicePortName> {
-        let mut services = std::mem::take(&mut self.unfinished);
+    ) -> Vec<ServicePortName> {
+        let mut services: Vec<_> = std::mem::take(&mut self.unfinished).into_iter().collect();
         for (name, desired) in changed {
             if desired.is_none() && !self.services.contains_key(&name) {
                 continue;
@@ -152,27 +154,38 @@ impl Planner {
             if let Some(old) = &service.desired {
                 self.claims.release(&name, old, touched);
             }
-            if let Some(new) = &desired {
+            service.desired = desired.map(|port| Box::new(Wanted::from(port)));
+            if let Some(new) = &service.desired {
                 self.claims.claim(&name, new, touched);
             }
-            service.desired = desired;
-            services.insert(name);
+            services.push(name);
         }
+        // Those that had failed, and those that changed, which are most often all of them.
+        services.sort();
+        services.dedup();
         services
     }
 
-    fn draft(&mut self, changed: BTreeMap<ServicePortName, Option<ServicePort>>, mut touched: Touched) -> Batch {
+    fn draft(
+        &mut self,
+        changed: impl IntoIterator<Item = (ServicePortName, Option<ServicePort>)>,
+        mut touched: Touched,
+    ) -> Batch {
         let mut services = self.take_over(changed, &mut touched);
         // Who takes a frontend over is planned as well: its runs may have been freed while it had none.
-        services.extend(touched.frontends.iter().filter_map(|key| self.claims.owner(key).cloned()));
+        let known: HashSet<&ServicePortName> = services.iter().collect();
+        let owners = touched.frontends.iter().filter_map(|key| self.claims.owner(key));
+        let heirs: BTreeSet<_> = owners.filter(|owner| !known.contains(owner)).cloned().collect();
+        services.extend(heirs);
         let mut batch = Batch::default();
         let mut draft = Draft::default();
         for name in services {
             let Some(service) = self.services.get(&name) else { continue };
             if let Some(desired) = &service.desired {
-                let keys = desired.frontends.keys().map(|key| FrontendAddress::new(*key, name.protocol.number()));
+                let keys = desired.frontends.iter();
+                let keys = keys.map(|(key, _)| FrontendAddress::new(*key, name.protocol.number()));
                 touched.frontends.extend(keys);
-                let marked = desired.frontends.iter().filter(|(_, flags)| mark_of(**flags).is_some());
+                let marked = desired.frontends.iter().filter(|(_, flags)| mark_of(*flags).is_some());
                 touched.addresses.extend(marked.map(|(key, _)| key.ip()));
             }
             if let Some(id) = service.id {
@@ -186,6 +199,7 @@ impl Planner {
                 batch.refused.insert(name, error);
             }
         }
+        touched.sort();
         self.plan_frontends(&touched, &mut draft);
         if let Some((next_backend_id, next_service_id)) = self.identity.reservation() {
             let write = Write::Reserve { next_backend_id, next_service_id };
@@ -198,18 +212,29 @@ impl Planner {
     /// Name, backends and runs of one service port.
     fn plan_service(&mut self, name: &ServicePortName, draft: &mut Draft) -> Result<(), PlanError> {
         let Some(service) = self.services.get_mut(name) else { return Ok(()) };
-        let Some(desired) = service.desired.clone() else {
-            service.sets = None;
-            self.queue.service(name.clone());
-            if let Some(id) = service.id {
-                self.queue.backends(self.actual.backends_of(id).map(|(_, id)| id));
-                self.queue.source_ranges(self.actual.source_ranges_of(id).map(|network| (id, network)));
+        if let Some(wanted) = service.desired.take() {
+            let planned = self.plan_wanted(name, &wanted, draft);
+            if let Some(service) = self.services.get_mut(name) {
+                service.desired = Some(wanted);
             }
-            return Ok(());
-        };
-        if name.to_string().len() > TEXT_LENGTH {
+            return planned;
+        }
+        service.sets = None;
+        self.queue.service(name.clone());
+        if let Some(id) = service.id {
+            let backends = self.actual.backends.of(id).iter().map(|held| (held.endpoint(), held.id));
+            self.queue.backends(id, backends);
+            self.queue.source_ranges(self.actual.source_ranges_of(id).map(|network| (id, network)));
+        }
+        Ok(())
+    }
+
+    /// Of one that should be there.
+    fn plan_wanted(&mut self, name: &ServicePortName, wanted: &Wanted, draft: &mut Draft) -> Result<(), PlanError> {
+        if name.length() > TEXT_LENGTH {
             return Err(PlanError::NameTooLong);
         }
+        let Some(service) = self.services.get_mut(name) else { return Ok(()) };
         let service_id = match service.id {
             Some(id) => id,
             None => {
@@ -219,36 +244,32 @@ impl Planner {
             }
         };
         let owned = |write| Operation { owner: Owner::Service(name.clone()), write };
-        let mut wanted = BTreeMap::new();
-        for sets in [&desired.endpoints4, &desired.endpoints6] {
-            let of = [(&sets.cluster, IN_CLUSTER_SET), (&sets.local, IN_LOCAL_SET), (&sets.kept, 0)];
-            for (set, flag) in of {
-                for endpoint in set {
-                    wanted.entry(socket(endpoint)).or_insert_with(|| backend(service_id, endpoint)).flags |= flag;
-                }
-            }
-        }
-        let mut ids = BTreeMap::new();
+        let endpoints = wanted.backends(service_id);
+        let mut ids = Vec::with_capacity(endpoints.len());
         let mut backends = Vec::new();
-        for (endpoint, backend) in &wanted {
-            let id = match self.actual.backend_id(service_id, *endpoint) {
-                Some(id) => id,
+        let mut unknown = 0;
+        for (endpoint, backend) in &endpoints {
+            let held = self.actual.backends.get(service_id, *endpoint);
+            let id = match held {
+                Some(held) => held.id,
                 None => self.identity.allocate_backend().ok_or(PlanError::BackendIdsExhausted)?,
             };
-            ids.insert(*endpoint, id);
-            if self.actual.backends.get(&id) != Some(backend) {
+            unknown += usize::from(held.is_none());
+            ids.push((*endpoint, id));
+            if held.is_none_or(|held| held.backend(service_id) != *backend) {
                 backends.push(owned(Write::PutBackend { id, backend: *backend }));
             }
         }
+        self.actual.backends.expect(service_id, unknown);
         let mut runs = Vec::new();
         let owns = |ipv4: bool| {
-            desired.frontends.keys().any(|key| {
+            wanted.frontends.iter().any(|(key, _)| {
                 let address = FrontendAddress::new(*key, name.protocol.number());
                 key.is_ipv4() == ipv4 && self.claims.owner(&address) == Some(name)
             })
         };
         let owned_families = [owns(true), owns(false)];
-        let algorithm = desired.algorithm;
+        let algorithm = wanted.algorithm;
         let mut sets_of = |endpoints: &EndpointSets, owned: bool| -> Result<Sets, PlanError> {
             // A run that no frontend would name is not written.
             if !owned {
@@ -259,17 +280,18 @@ impl Planner {
                 local: self.run(service_id, algorithm, &endpoints.local, &ids, &mut runs)?,
             })
         };
-        let sets = [sets_of(&desired.endpoints4, owned_families[0])?, sets_of(&desired.endpoints6, owned_families[1])?];
-        let unwanted = self.actual.backends_of(service_id).filter(|(endpoint, _)| !wanted.contains_key(endpoint));
-        let unwanted: Vec<u32> = unwanted.map(|(_, id)| id).collect();
-        for id in &unwanted {
+        let sets = [sets_of(&wanted.endpoints4, owned_families[0])?, sets_of(&wanted.endpoints6, owned_families[1])?];
+        let is_wanted = |endpoint| endpoints.binary_search_by_key(&endpoint, |(endpoint, _)| *endpoint).is_ok();
+        let unwanted = self.actual.backends.of(service_id).iter().filter(|held| !is_wanted(held.endpoint()));
+        for held in unwanted.clone() {
             // It stays for packets in flight, but what a client or a datagram's flow remembers is no way to it any more.
-            if let Some(backend) = self.actual.backends.get(id).filter(|backend| backend.flags & IN_USE != 0) {
-                let backend = Backend { flags: backend.flags & !IN_USE, ..*backend };
-                draft.leaving.push(owned(Write::PutBackend { id: *id, backend }));
+            let backend = held.backend(service_id);
+            if backend.flags & IN_USE != 0 {
+                let backend = Backend { flags: backend.flags & !IN_USE, ..backend };
+                draft.leaving.push(owned(Write::PutBackend { id: held.id, backend }));
             }
         }
-        self.queue.backends(unwanted);
+        self.queue.backends(service_id, unwanted.map(|held| (held.endpoint(), held.id)));
         if let Some(service) = self.services.get_mut(name) {
             service.sets = Some(sets);
         }
@@ -278,26 +300,22 @@ impl Planner {
         }
         draft.backends.extend(backends);
         draft.runs.extend(runs.into_iter().map(owned));
-        self.plan_source_ranges(name, service_id, &desired, draft);
+        self.plan_source_ranges(name, service_id, wanted, draft);
         Ok(())
     }
 
     /// Who may use a service port's guarded frontends. New clients are let in before old ones are shut out, so a client of
     /// both lists is never refused. Where nothing is guarded any more, a packet in flight may still ask.
-    fn plan_source_ranges(
-        &mut self,
-        name: &ServicePortName,
-        service_id: u32,
-        desired: &ServicePort,
-        draft: &mut Draft,
-    ) {
+    fn plan_source_ranges(&mut self, name: &ServicePortName, service_id: u32, wanted: &Wanted, draft: &mut Draft) {
         let owned = |write| Operation { owner: Owner::Service(name.clone()), write };
-        let wanted = &desired.source_ranges;
-        let missing = wanted.iter().filter(|network| !self.actual.source_ranges.contains(&(service_id, **network)));
+        let missing = wanted
+            .source_ranges()
+            .iter()
+            .filter(|network| !self.actual.source_ranges.contains(&(service_id, **network)));
         let puts = missing.map(|network| owned(Write::PutSourceRange { service_id, network: *network }));
         draft.source_ranges.extend(puts);
-        let extra = self.actual.source_ranges_of(service_id).filter(|network| !wanted.contains(network));
-        if desired.frontends.values().any(|bits| bits & flags::SOURCE_RANGES != 0) {
+        let extra = self.actual.source_ranges_of(service_id).filter(|network| !wanted.admits(network));
+        if wanted.is_guarded() {
             let deletions = extra.map(|network| owned(Write::DeleteSourceRange { service_id, network }));
             draft.source_range_deletions.extend(deletions);
         } else {
@@ -311,12 +329,13 @@ impl Planner {
         service_id: u32,
         algorithm: Algorithm,
         endpoints: &[Endpoint],
-        ids: &BTreeMap<SocketAddr, u32>,
+        ids: &[(SocketAddr, u32)],
         writes: &mut Vec<Write>,
     ) -> Result<BackendSet, PlanError> {
         let backend = |endpoint: &Endpoint| {
             let address = socket(endpoint);
-            ids.get(&address).map(|id| (address, endpoint.weight, *id))
+            let found = ids.binary_search_by_key(&address, |(endpoint, _)| *endpoint);
+            found.ok().map(|index| (address, endpoint.weight, ids[index].1))
         };
         let run = spread(algorithm, &endpoints.iter().filter_map(backend).collect::<Vec<_>>());
         if run.is_empty() {
@@ -326,8 +345,11 @@ impl Planner {
             return Ok(set);
         }
         let (needed, capacity) = (run.len(), self.actual.runs.capacity());
-        let set =
-            self.actual.runs.allocate(service_id, run.clone()).ok_or(PlanError::TableFull { needed, capacity })?;
+        let set = self
+            .actual
+            .runs
+            .allocate(service_id, run.as_slice().into())
+            .ok_or(PlanError::TableFull { needed, capacity })?;
         writes.push(Write::WriteRun { first: set.first, ids: run });
         Ok(set)
     }
@@ -376,7 +398,7 @@ impl Planner {
         let sets = if key.address.is_ipv4() { sets4 } else { sets6 };
         Some(Frontend {
             service_id: service.id?,
-            flags: *desired.frontends.get(&key.socket())?,
+            flags: desired.flags(key.socket())?,
             cluster: sets.cluster,
             local: sets.local,
             affinity_seconds: desired.affinity_seconds,
@@ -397,20 +419,5 @@ impl Planner {
     #[must_use]
     pub fn is_unfinished(&self) -> bool {
         !self.unfinished.is_empty()
-    }
-}
-
-fn socket(endpoint: &Endpoint) -> SocketAddr {
-    SocketAddr::new(endpoint.address, endpoint.port)
-}
-
-fn backend(service_id: u32, endpoint: &Endpoint) -> Backend {
-    let flag = |set: bool, flag: u32| if set { flag } else { 0 };
-    Backend {
-        service_id,
-        address: endpoint.address,
-        port: endpoint.port,
-        weight: endpoint.weight,
-        flags: SERVING | flag(endpoint.local, LOCAL) | flag(endpoint.terminating, TERMINATING),
     }
 }

@@ -12,6 +12,7 @@
 //! Versions of map elements, system calls and Kubernetes' rules are left to others.
 
 mod actual;
+mod backends;
 mod claims;
 mod diff;
 mod execute;
@@ -23,10 +24,12 @@ mod spread;
 mod table;
 #[cfg(test)]
 mod tests;
+mod wanted;
 mod write;
 
 pub use actual::Dump;
 pub use diff::{PlanError, Planner};
+pub use execute::Sink;
 pub use identity::Identity;
 pub use reclaim::Grace;
 pub use spread::spread;

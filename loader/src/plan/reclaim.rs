@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 
 use super::diff::Planner;
 use super::write::{Batch, Operation, Owner, Write};
-use crate::model::desired::{ServicePort, ServicePortName};
+use crate::model::desired::ServicePortName;
 use crate::model::network::Network;
 
 /// Everything that was given up until [`Planner::begin_grace`]. A grace period later it may be reclaimed.
@@ -21,7 +21,8 @@ pub struct Grace(u64);
 pub(super) struct Queue {
     generation: u64,
     runs: BTreeMap<u32, u64>,
-    backends: BTreeMap<u32, u64>,
+    /// (service id, endpoint, backend id).
+    backends: BTreeMap<(u32, SocketAddr, u32), u64>,
     source_ranges: BTreeMap<(u32, Network), u64>,
     services: BTreeMap<ServicePortName, u64>,
     stray_names: BTreeMap<u32, u64>,
@@ -32,8 +33,9 @@ impl Queue {
         self.runs.extend(runs.into_iter().map(|first| (first, self.generation)));
     }
 
-    pub(super) fn backends(&mut self, ids: impl IntoIterator<Item = u32>) {
-        self.backends.extend(ids.into_iter().map(|id| (id, self.generation)));
+    pub(super) fn backends(&mut self, service_id: u32, backends: impl IntoIterator<Item = (SocketAddr, u32)>) {
+        let key = |(endpoint, id)| ((service_id, endpoint, id), self.generation);
+        self.backends.extend(backends.into_iter().map(key));
     }
 
     pub(super) fn source_ranges(&mut self, ranges: impl IntoIterator<Item = (u32, Network)>) {
@@ -77,29 +79,28 @@ impl Planner {
             self.actual.runs.free_unnamed(first);
         }
         let mut deleted = BTreeSet::new();
-        let mut wanted: BTreeMap<u32, BTreeSet<SocketAddr>> = BTreeMap::new();
         let mut operations = Vec::new();
-        for id in ripe(&mut self.queue.backends, generation) {
-            let Some(backend) = self.actual.backends.get(&id).copied() else { continue };
-            let service_id = backend.service_id;
+        for (service_id, endpoint, id) in ripe(&mut self.queue.backends, generation) {
+            if !self.actual.backends.contains(service_id, endpoint, id) {
+                continue;
+            }
             let name = self.actual.names.get(&service_id);
             let desired = name.and_then(|name| self.services.get(name)).and_then(|service| service.desired.as_ref());
-            let endpoints = wanted.entry(service_id).or_insert_with(|| desired.map(endpoints).unwrap_or_default());
-            let endpoint = SocketAddr::new(backend.address, backend.port);
-            let is_the_endpoints = self.actual.backend_id(service_id, endpoint) == Some(id);
-            if (is_the_endpoints && endpoints.contains(&endpoint)) || self.actual.runs.reaches(id) {
+            let is_the_endpoints = self.actual.backends.get(service_id, endpoint).is_some_and(|held| held.id == id);
+            let is_wanted = is_the_endpoints && desired.is_some_and(|desired| desired.has(endpoint));
+            if is_wanted || self.actual.runs.reaches(id) {
                 continue;
             }
             deleted.insert(id);
             let owner = name.map_or(Owner::Nobody, |name| Owner::Service(name.clone()));
-            operations.push(Operation { owner, write: Write::DeleteBackend { id, address: backend.address } });
+            operations.push(Operation { owner, write: Write::DeleteBackend { id, service_id, endpoint } });
         }
         let mut deleted_ranges = BTreeSet::new();
         for (service_id, network) in ripe(&mut self.queue.source_ranges, generation) {
             let range = (service_id, network);
             let name = self.actual.names.get(&service_id);
             let desired = name.and_then(|name| self.services.get(name)).and_then(|service| service.desired.as_ref());
-            let is_wanted = desired.is_some_and(|desired| desired.source_ranges.contains(&network));
+            let is_wanted = desired.is_some_and(|desired| desired.admits(&network));
             if !self.actual.source_ranges.contains(&range) || is_wanted || self.actual.is_guarded(service_id) {
                 continue;
             }
@@ -114,7 +115,7 @@ impl Planner {
                 continue;
             };
             let in_use = self.actual.frontends_of(service_id).next().is_some()
-                || self.actual.backends_of(service_id).any(|(_, id)| !deleted.contains(&id))
+                || self.actual.backends.of(service_id).iter().any(|held| !deleted.contains(&held.id))
                 || self.actual.source_ranges_of(service_id).any(|range| !deleted_ranges.contains(&(service_id, range)));
             if in_use {
                 continue;
@@ -136,12 +137,14 @@ impl Planner {
 
     /// Queues whatever the kernel holds that belongs to no service port.
     pub(super) fn queue_strays(&mut self) {
-        let backends = self.actual.backends.iter().filter(|(id, backend)| {
-            let endpoint = SocketAddr::new(backend.address, backend.port);
-            !self.actual.names.contains_key(&backend.service_id)
-                || self.actual.backend_id(backend.service_id, endpoint) != Some(**id)
+        let backends = &self.actual.backends;
+        let strays = backends.iter().filter(|(service_id, held)| {
+            let first = backends.get(*service_id, held.endpoint());
+            !self.actual.names.contains_key(service_id) || first.is_none_or(|first| first.id != held.id)
         });
-        self.queue.backends(backends.map(|(id, _)| *id));
+        for (service_id, held) in strays {
+            self.queue.backends(service_id, [(held.endpoint(), held.id)]);
+        }
         let ranges = self.actual.source_ranges.iter().filter(|(id, _)| !self.actual.names.contains_key(id));
         self.queue.source_ranges(ranges.copied());
         self.queue.stray_names(self.actual.stray_names.iter().copied());
@@ -158,10 +161,4 @@ impl Planner {
     pub fn swept(&mut self, service_ids: &BTreeSet<u32>) {
         self.identity.swept(service_ids);
     }
-}
-
-fn endpoints(desired: &ServicePort) -> BTreeSet<SocketAddr> {
-    let sets = [&desired.endpoints4, &desired.endpoints6].into_iter();
-    let endpoints = sets.flat_map(|sets| sets.cluster.iter().chain(&sets.local));
-    endpoints.map(|endpoint| SocketAddr::new(endpoint.address, endpoint.port)).collect()
 }

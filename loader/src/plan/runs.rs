@@ -1,6 +1,6 @@
 //! The runs of the backend table in use: what they hold, whose they are, and how many frontends name them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use sheave_common::frontend::BackendSet;
 
@@ -8,7 +8,7 @@ use super::table::Table;
 
 #[derive(Clone, Debug)]
 struct Run {
-    ids: Vec<u32>,
+    ids: Box<[u32]>,
     service_id: u32,
     /// Frontend sets in the kernel that name it.
     names: u32,
@@ -21,7 +21,7 @@ pub(super) struct Runs {
     runs: BTreeMap<u32, Run>,
     by_service: BTreeMap<u32, BTreeSet<u32>>,
     /// Backend id → number of runs that hold it and are named by a frontend.
-    named_backends: BTreeMap<u32, u32>,
+    named_backends: HashMap<u32, u32>,
     /// Runs that were allocated and may never have been named.
     fresh: BTreeSet<u32>,
 }
@@ -32,7 +32,7 @@ impl Runs {
             table: Table::new(capacity),
             runs: BTreeMap::new(),
             by_service: BTreeMap::new(),
-            named_backends: BTreeMap::new(),
+            named_backends: HashMap::new(),
             fresh: BTreeSet::new(),
         }
     }
@@ -43,7 +43,7 @@ impl Runs {
 
     /// Takes up a run that a frontend in the kernel names. One that overlaps another is left out: its elements are
     /// not reused before the next restart, and the service gets a new run.
-    pub(super) fn restore(&mut self, service_id: u32, set: BackendSet, ids: Vec<u32>) {
+    pub(super) fn restore(&mut self, service_id: u32, set: BackendSet, ids: Box<[u32]>) {
         if set.length == 0 || self.runs.get(&set.first).is_some_and(|run| length(&run.ids) == set.length) {
             return;
         }
@@ -61,13 +61,13 @@ impl Runs {
         let candidates = self.by_service.get(&service_id)?.iter();
         candidates
             .filter_map(|first| self.runs.get(first).map(|run| (first, run)))
-            .filter(|(_, run)| run.ids == ids)
+            .filter(|(_, run)| *run.ids == *ids)
             .max_by_key(|(first, run)| (run.names, std::cmp::Reverse(**first)))
             .map(|(first, run)| BackendSet { first: *first, length: length(&run.ids) })
     }
 
     /// A new run for these ids, of which there is at least one; `None` if the table is full.
-    pub(super) fn allocate(&mut self, service_id: u32, ids: Vec<u32>) -> Option<BackendSet> {
+    pub(super) fn allocate(&mut self, service_id: u32, ids: Box<[u32]>) -> Option<BackendSet> {
         let set = BackendSet { first: self.table.allocate(length(&ids))?, length: length(&ids) };
         self.fresh.insert(set.first);
         self.insert(set.first, Run { ids, service_id, names: 0 });

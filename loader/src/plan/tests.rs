@@ -65,6 +65,7 @@ impl Maps {
             names: self.names.iter().map(|(k, v)| (*k, Some(v.clone()))).collect(),
             source_ranges: self.source_ranges.iter().copied().collect(),
             table: self.table.clone(),
+            table_size: self.table.len() as u32,
             next_backend_id: self.next_backend_id,
             next_service_id: self.next_service_id,
             service_limit: 1_000,
@@ -122,9 +123,9 @@ impl Maps {
             Write::DeleteFrontend { address } => {
                 assert!(self.frontends.remove(address).is_some());
             }
-            Write::DeleteBackend { id, address } => {
+            Write::DeleteBackend { id, service_id, endpoint } => {
                 let old = self.backends.remove(id).expect("the backend is there");
-                assert_eq!(old.address, *address);
+                assert_eq!((old.service_id, old.address, old.port), (*service_id, endpoint.ip(), endpoint.port()));
             }
             Write::DeleteName { service_id } => {
                 assert!(self.names.remove(service_id).is_some());
@@ -181,12 +182,8 @@ impl Maps {
 
 fn name(number: usize) -> ServicePortName {
     let protocol = if number.is_multiple_of(3) { Protocol::Udp } else { Protocol::Tcp };
-    let service = ServiceKey { namespace: "default".to_owned(), name: format!("web{}", number / 2) };
-    ServicePortName {
-        service,
-        port: if number.is_multiple_of(2) { String::new() } else { "http".to_owned() },
-        protocol,
-    }
+    let service = ServiceKey { namespace: "default".into(), name: format!("web{}", number / 2).into() };
+    ServicePortName { service, port: if number.is_multiple_of(2) { "" } else { "http" }.into(), protocol }
 }
 
 fn set(random: &mut Random, ipv6: bool) -> Vec<Endpoint> {
@@ -210,7 +207,7 @@ fn service(random: &mut Random) -> ServicePort {
         let local = if random.below(2) == 0 { cluster.clone() } else { set(random, ipv6) };
         let terminating = random.below(4) == 0;
         let flag = |set: Vec<Endpoint>| set.into_iter().map(|e| Endpoint { terminating, ..e }).collect();
-        let sets = EndpointSets { cluster: flag(cluster), local: flag(local), kept: Vec::new() };
+        let sets = EndpointSets { cluster: flag(cluster), local: flag(local), kept: [].into() };
         for _ in 0..random.below(3) {
             let host = random.below(4) as u16;
             let address = match ipv6 {
@@ -380,7 +377,7 @@ fn one_frontend(port: u16, backends: &[u8]) -> ServicePort {
         terminating: false,
         weight: 1,
     };
-    let cluster: Vec<_> = backends.iter().map(endpoint).collect();
+    let cluster: Box<[_]> = backends.iter().map(endpoint).collect();
     ServicePort {
         frontends: BTreeMap::from([(SocketAddr::from(([192, 0, 2, 1], port)), NODE_PORT)]),
         endpoints4: EndpointSets { cluster, ..EndpointSets::default() },
@@ -492,4 +489,23 @@ fn a_service_that_claims_a_taken_frontend_gets_it_when_the_first_one_leaves() {
     let batch = planner.plan(BTreeMap::from([(name(1), None)]));
     maps.run(&mut planner, batch);
     assert_eq!(owner(&maps), name(2));
+}
+
+/// A datagram's backend would vanish although it still serves what it has.
+#[test]
+fn an_endpoint_that_comes_back_to_serve_only_what_it_has_is_not_reclaimed() {
+    let mut maps = Maps::new(400);
+    let mut planner = Planner::restore(maps.dump());
+    let mut run = |port: ServicePort| {
+        let batch = planner.plan(BTreeMap::from([(name(0), Some(port))]));
+        maps.run(&mut planner, batch);
+    };
+    run(one_frontend(80, &[1, 2]));
+    run(one_frontend(80, &[1]));
+    let mut kept = one_frontend(80, &[1]);
+    kept.endpoints4.kept = one_frontend(80, &[2]).endpoints4.cluster;
+    run(kept);
+    maps.settle(&mut planner);
+    assert_eq!(maps.backends.len(), 2);
+    assert!(maps.backends.values().all(|backend| backend.flags & SERVING != 0), "{:?}", maps.backends);
 }

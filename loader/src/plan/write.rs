@@ -149,8 +149,10 @@ pub enum Write {
     DeleteBackend {
         /// Backend id.
         id: u32,
-        /// Its address, which tells the family.
-        address: IpAddr,
+        /// Service port that it served.
+        service_id: u32,
+        /// Its endpoint, whose address tells the family.
+        endpoint: SocketAddr,
     },
     /// `service_names`.
     DeleteName {

@@ -136,8 +136,8 @@ fn reference(failure: &Failure) -> ObjectReference {
     ObjectReference {
         api_version: Some("v1".to_owned()),
         kind: Some("Service".to_owned()),
-        namespace: Some(failure.service.namespace.clone()),
-        name: Some(failure.service.name.clone()),
+        namespace: Some(failure.service.namespace.to_string()),
+        name: Some(failure.service.name.to_string()),
         uid: failure.uid.clone(),
         ..ObjectReference::default()
     }

@@ -181,7 +181,7 @@ mod tests {
     use super::*;
 
     fn key(name: &str) -> ServiceKey {
-        ServiceKey { namespace: "default".to_owned(), name: name.to_owned() }
+        ServiceKey { namespace: "default".into(), name: name.into() }
     }
 
     fn check(port: u16, endpoints: &[(Family, usize)]) -> HealthCheck {

@@ -195,8 +195,8 @@ mod tests {
     }
 
     fn slice(triggered: SystemTime) -> EndpointSlice {
-        let key = SliceKey { namespace: "default".to_owned(), name: "web-1".to_owned() };
-        let (ports, endpoints, problems) = (Vec::new(), Vec::new(), Vec::new());
+        let key = SliceKey { namespace: "default".into(), name: "web-1".into() };
+        let (ports, endpoints, problems) = ([].into(), [].into(), Vec::new());
         let (service, ignored, family, triggered) = (None, false, Some(Family::V4), Some(triggered));
         EndpointSlice { key, service, ignored, family, ports, endpoints, triggered, problems }
     }
@@ -249,8 +249,8 @@ mod tests {
             let address = "10.1.0.1".parse().unwrap();
             Endpoint { address, port: 80, local, terminating: false, weight: 1 }
         };
-        let elsewhere = EndpointSets { cluster: vec![endpoint(false)], ..EndpointSets::default() };
-        let here = EndpointSets { cluster: vec![endpoint(true)], local: vec![endpoint(true)], kept: Vec::new() };
+        let elsewhere = EndpointSets { cluster: [endpoint(false)].into(), ..EndpointSets::default() };
+        let here = EndpointSets { cluster: [endpoint(true)].into(), local: [endpoint(true)].into(), kept: [].into() };
         let internal = flags::CLUSTER_IP | flags::INTERNAL_LOCAL | flags::EXTERNAL_LOCAL;
         let external = flags::NODE_PORT | flags::EXTERNAL_LOCAL;
         for (frontend, bits, sets, expected) in [
@@ -268,8 +268,8 @@ mod tests {
             assert_eq!((lacks_local(&port, "internal"), lacks_local(&port, "external")), expected, "{frontend} {bits}");
         }
         let (mut status, _receiver) = status();
-        let service = ServiceKey { namespace: "default".to_owned(), name: "web".to_owned() };
-        let name = ServicePortName { service, port: String::new(), protocol: Protocol::Tcp };
+        let service = ServiceKey { namespace: "default".into(), name: "web".into() };
+        let name = ServicePortName { service, port: "".into(), protocol: Protocol::Tcp };
         let frontends = [("192.0.2.1:80".parse().unwrap(), external)].into();
         let port = ServicePort { frontends, endpoints4: elsewhere, ..ServicePort::default() };
         status.port(&name, Some(&port));

@@ -14,8 +14,10 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use crate::model::desired::{Algorithm, Protocol, ServiceKey};
 use crate::model::network::Network;
 use crate::model::objects::{
-    EndpointSlice, Family, Node, Port, Problem, Service, ServiceCidr, ServiceType, SliceEndpoint, SliceKey, SlicePort,
+    EndpointSlice, Family, Hints, Node, Port, Problem, Service, ServiceCidr, ServiceType, SliceEndpoint, SliceKey,
+    SlicePort,
 };
+use crate::model::text::{Text, intern};
 
 /// Label of Services and EndpointSlices that another proxy serves.
 pub const LABEL_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
@@ -127,8 +129,8 @@ fn parse_network(text: &str) -> Option<Network> {
 const MAPPED_LENGTH: u8 = 96;
 
 /// metadata.namespace, `default` if it is absent, as with kubectl.
-fn namespace(metadata: &ObjectMeta) -> String {
-    metadata.namespace.clone().filter(|namespace| !namespace.is_empty()).unwrap_or_else(|| "default".to_owned())
+fn namespace(metadata: &ObjectMeta) -> Text {
+    intern(metadata.namespace.as_deref().filter(|namespace| !namespace.is_empty()).unwrap_or("default"))
 }
 
 fn has_label(metadata: &ObjectMeta, label: &str) -> bool {
@@ -143,13 +145,19 @@ fn label<'a>(metadata: &'a ObjectMeta, label: &str) -> Option<&'a str> {
 /// Identity of a Service.
 #[must_use]
 pub fn service_key(object: &core::Service) -> ServiceKey {
-    ServiceKey { namespace: namespace(&object.metadata), name: object.metadata.name.clone().unwrap_or_default() }
+    ServiceKey {
+        namespace: namespace(&object.metadata),
+        name: intern(object.metadata.name.as_deref().unwrap_or_default()),
+    }
 }
 
 /// Identity of an EndpointSlice.
 #[must_use]
 pub fn slice_key(object: &discovery::EndpointSlice) -> SliceKey {
-    SliceKey { namespace: namespace(&object.metadata), name: object.metadata.name.clone().unwrap_or_default() }
+    SliceKey {
+        namespace: namespace(&object.metadata),
+        name: intern(object.metadata.name.as_deref().unwrap_or_default()),
+    }
 }
 
 impl From<&core::Service> for Service {
@@ -244,7 +252,7 @@ fn source_ranges(reader: &mut Reader, spec: &core::ServiceSpec) -> Option<BTreeS
 fn ports(reader: &mut Reader, spec: &core::ServiceSpec) -> Vec<Port> {
     let mut ports: Vec<Port> = Vec::new();
     for (i, port) in spec.ports.iter().flatten().enumerate() {
-        let name = port.name.clone().unwrap_or_default();
+        let name = intern(port.name.as_deref().unwrap_or_default());
         let number = reader.port(format_args!("spec.ports[{i}].port"), port.port);
         let protocol = reader.protocol(format_args!("spec.ports[{i}].protocol"), port.protocol.as_deref());
         let (Some(number), Some(protocol)) = (number, protocol) else { continue };
@@ -287,7 +295,7 @@ impl From<&discovery::EndpointSlice> for EndpointSlice {
         let mut reader = Reader::default();
         let key = slice_key(object);
         let service = label(&object.metadata, LABEL_SERVICE_NAME)
-            .map(|name| ServiceKey { namespace: key.namespace.clone(), name: name.to_owned() });
+            .map(|name| ServiceKey { namespace: key.namespace.clone(), name: intern(name) });
         let family = match object.address_type.as_str() {
             "IPv4" => Some(Family::V4),
             "IPv6" => Some(Family::V6),
@@ -305,8 +313,8 @@ impl From<&discovery::EndpointSlice> for EndpointSlice {
             service,
             ignored: has_label(&object.metadata, LABEL_HEADLESS) || has_label(&object.metadata, LABEL_PROXY_NAME),
             family,
-            ports,
-            endpoints,
+            ports: ports.into(),
+            endpoints: endpoints.into(),
             triggered: triggered(&mut reader, &object.metadata),
             problems: reader.0,
         }
@@ -367,7 +375,7 @@ fn slice_ports(reader: &mut Reader, ports: &[discovery::EndpointPort]) -> Vec<Sl
     let mut named = Vec::with_capacity(ports.len());
     for (i, port) in ports.iter().enumerate() {
         let Some(number) = port.port.filter(|number| *number != 0) else { continue };
-        let Some(name) = port.name.clone() else {
+        let Some(name) = port.name.as_deref().map(intern) else {
             reader.problem(format!("ports[{i}].name"), "absent; a Service's port without a name has the name \"\"");
             continue;
         };
@@ -392,21 +400,26 @@ fn endpoints(reader: &mut Reader, family: Family, endpoints: &[discovery::Endpoi
             reader.problem(format!("endpoints[{i}].addresses[0]"), format!("{text:?} is not of the slice's family"));
             continue;
         }
-        let conditions = endpoint.conditions.clone().unwrap_or_default();
-        let ready = conditions.ready.unwrap_or(true);
-        let hints = endpoint.hints.clone().unwrap_or_default();
+        let conditions = endpoint.conditions.as_ref();
+        let ready = conditions.and_then(|conditions| conditions.ready).unwrap_or(true);
         read.push(SliceEndpoint {
             address,
-            node_name: endpoint.node_name.clone().filter(|name| !name.is_empty()),
+            node_name: endpoint.node_name.as_deref().filter(|name| !name.is_empty()).map(intern),
             ready,
-            serving: conditions.serving.unwrap_or(ready),
-            terminating: conditions.terminating.unwrap_or(false),
+            serving: conditions.and_then(|conditions| conditions.serving).unwrap_or(ready),
+            terminating: conditions.and_then(|conditions| conditions.terminating).unwrap_or(false),
             weight: 1,
-            for_nodes: hints.for_nodes.into_iter().flatten().map(|node| node.name).collect(),
-            for_zones: hints.for_zones.into_iter().flatten().map(|zone| zone.name).collect(),
+            hints: endpoint.hints.as_ref().map(|given| Box::new(hints(given))),
         });
     }
     read
+}
+
+fn hints(given: &discovery::EndpointHints) -> Hints {
+    Hints {
+        for_nodes: given.for_nodes.iter().flatten().map(|node| intern(&node.name)).collect(),
+        for_zones: given.for_zones.iter().flatten().map(|zone| intern(&zone.name)).collect(),
+    }
 }
 
 impl From<&core::Node> for Node {

@@ -308,14 +308,14 @@ fn read(change: &Change) -> ModelChange {
         Change::Service(_, Some(object)) => ModelChange::Service((&through_json::<core::Service>(object)).into()),
         Change::Service(key, None) => {
             let (namespace, name) = split(key);
-            ModelChange::ServiceGone(ServiceKey { namespace, name })
+            ModelChange::ServiceGone(ServiceKey { namespace: namespace.into(), name: name.into() })
         }
         Change::Slice(_, Some(object)) => {
             ModelChange::Slice((&through_json::<discovery::EndpointSlice>(object)).into())
         }
         Change::Slice(key, None) => {
             let (namespace, name) = split(key);
-            ModelChange::SliceGone(SliceKey { namespace, name })
+            ModelChange::SliceGone(SliceKey { namespace: namespace.into(), name: name.into() })
         }
         Change::Node(_, Some(object)) => ModelChange::Node((&through_json::<core::Node>(object)).into()),
         Change::Node(name, None) => {

@@ -121,19 +121,19 @@ pub(crate) fn interface_index(name: &str) -> u32 {
 }
 
 pub(crate) fn name(name: &str) -> ServicePortName {
-    let service = ServiceKey { namespace: "default".to_owned(), name: name.to_owned() };
-    ServicePortName { service, port: "http".to_owned(), protocol: Protocol::Tcp }
+    let service = ServiceKey { namespace: "default".into(), name: name.into() };
+    ServicePortName { service, port: "http".into(), protocol: Protocol::Tcp }
 }
 
 pub(crate) fn service(host: u8, backends: &[u8]) -> ServicePort {
     let address = |host: u8| Ipv4Addr::new(10, 1, 0, host).into();
     let endpoint =
         |host: &u8| Endpoint { address: address(*host), port: 80, local: *host == 1, terminating: false, weight: 1 };
-    let cluster: Vec<Endpoint> = backends.iter().map(endpoint).collect();
+    let cluster: Box<[Endpoint]> = backends.iter().map(endpoint).collect();
     let local = cluster.iter().filter(|endpoint| endpoint.local).copied().collect();
     ServicePort {
         frontends: BTreeMap::from([(SocketAddr::from(([10, 96, 0, host], 80)), CLUSTER_IP)]),
-        endpoints4: EndpointSets { cluster, local, kept: Vec::new() },
+        endpoints4: EndpointSets { cluster, local, kept: [].into() },
         ..ServicePort::default()
     }
 }

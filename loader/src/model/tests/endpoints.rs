@@ -27,7 +27,7 @@ fn several_slices_make_one_set_and_each_can_go() {
     cluster.slice("web-2", &slice("{addresses: [10.1.0.1]}"));
     assert_eq!(cluster.cluster_set(), ["10.1.0.1:8080", "10.1.0.2:8080"]);
     assert_eq!(cluster.slice("web-2", &slice("{addresses: [10.1.0.1]}")), keys(&[]), "the same again");
-    let slice = SliceKey { namespace: "default".to_owned(), name: "web-1".to_owned() };
+    let slice = SliceKey { namespace: "default".into(), name: "web-1".into() };
     assert_eq!(cluster.model.apply(Change::SliceGone(slice)), keys(&["web"]));
     assert_eq!(cluster.cluster_set(), ["10.1.0.1:8080"]);
 }
@@ -219,7 +219,7 @@ fn another_nodes_object_changes_nothing_here() {
 #[test]
 fn a_relist_removes_what_it_does_not_name() {
     fn services(model: &Model) -> Vec<String> {
-        model.services().map(|key| key.name.clone()).collect()
+        model.services().map(|key| key.name.to_string()).collect()
     }
     let mut cluster = web_with("{addresses: [10.1.0.1]}");
     cluster.service("other", "spec: {clusterIP: 10.96.0.11, ports: [{port: 80}]}");

@@ -63,7 +63,7 @@ impl Cluster {
     }
 
     fn port(&self, name: &str) -> ServicePort {
-        let name = ServicePortName { service: key("web"), port: name.to_owned(), protocol: Protocol::Tcp };
+        let name = ServicePortName { service: key("web"), port: name.into(), protocol: Protocol::Tcp };
         self.model.desired(&key("web")).remove(&name).unwrap_or_default()
     }
 
@@ -90,7 +90,7 @@ fn texts(endpoints: &[Endpoint]) -> Vec<String> {
 }
 
 fn key(name: &str) -> ServiceKey {
-    ServiceKey { namespace: "default".to_owned(), name: name.to_owned() }
+    ServiceKey { namespace: "default".into(), name: name.into() }
 }
 
 fn keys(names: &[&str]) -> BTreeSet<ServiceKey> {

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use super::super::desired::{Algorithm, Protocol, ServiceKey, ServicePort, ServicePortName};
 use super::super::objects::{
-    EndpointSlice, Family, Node, Port, Service, ServiceType, SliceEndpoint, SliceKey, SlicePort,
+    EndpointSlice, Family, Hints, Node, Port, Service, ServiceType, SliceEndpoint, SliceKey, SlicePort,
 };
 use super::super::{Change, HealthCheck, Model, ModelOptions};
 use super::key;
@@ -45,7 +45,7 @@ impl Random {
 
     fn service(&mut self) -> Service {
         let ports = (0..self.small(3)).map(|i| Port {
-            name: format!("p{i}"),
+            name: format!("p{i}").into(),
             protocol: self.pick(&[Protocol::Tcp, Protocol::Udp]),
             port: u16::from(self.small(3)) + 80,
             node_port: self.one_in(2).then(|| u16::from(self.small(3)) + 30_000),
@@ -81,21 +81,23 @@ impl Random {
         let zones = ["a".to_owned(), "b".to_owned()];
         let endpoints = (0..self.small(5)).map(|_| SliceEndpoint {
             address: self.address(1),
-            node_name: Some(self.pick(&nodes)),
+            node_name: Some(self.pick(&nodes).into()),
             ready: !self.one_in(3),
             serving: self.one_in(2),
             terminating: self.one_in(2),
             weight: 1,
-            for_nodes: if self.one_in(2) { vec![self.pick(&nodes)] } else { Vec::new() },
-            for_zones: if self.one_in(4) { Vec::new() } else { vec![self.pick(&zones)] },
+            hints: Some(Box::new(Hints {
+                for_nodes: if self.one_in(2) { vec![self.pick(&nodes).into()] } else { Vec::new() },
+                for_zones: if self.one_in(4) { Vec::new() } else { vec![self.pick(&zones).into()] },
+            })),
         });
         let endpoints = endpoints.collect();
         EndpointSlice {
-            key: SliceKey { namespace: "default".to_owned(), name: format!("slice-{}", self.below(12)) },
+            key: SliceKey { namespace: "default".into(), name: format!("slice-{}", self.below(12)).into() },
             service: (!self.one_in(8)).then(|| key(&self.name())),
             ignored: self.one_in(8),
             family: Some(Family::V4),
-            ports: vec![SlicePort { name: "p0".to_owned(), protocol: Protocol::Tcp, port: 8080 }],
+            ports: [SlicePort { name: "p0".into(), protocol: Protocol::Tcp, port: 8080 }].into(),
             endpoints,
             triggered: None,
             problems: Vec::new(),

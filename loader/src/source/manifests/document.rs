@@ -326,7 +326,7 @@ mod tests {
         for text in [slice, &list] {
             let objects = read(Format::Yaml, text).expect("a sound file");
             let [Object::Slice(read)] = &objects[..] else { panic!("one EndpointSlice in {text}") };
-            let ports: Vec<_> = read.ports.iter().map(|port| (port.name.as_str(), port.protocol, port.port)).collect();
+            let ports: Vec<_> = read.ports.iter().map(|port| (&*port.name, port.protocol, port.port)).collect();
             assert_eq!(ports, [("", Protocol::Tcp, 8080), ("admin", Protocol::Udp, 81)]);
             assert!(read.problems.is_empty(), "{:?}", read.problems);
         }

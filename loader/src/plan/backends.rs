@@ -1,0 +1,105 @@
+//! The backends in the kernel, by service port and endpoint.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+
+use super::write::Backend;
+
+/// One backend, without its service port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Held {
+    address: IpAddr,
+    port: u16,
+    weight: u16,
+    flags: u32,
+    pub(super) id: u32,
+}
+
+impl Held {
+    fn new(id: u32, backend: &Backend) -> Self {
+        Self { address: backend.address, port: backend.port, weight: backend.weight, flags: backend.flags, id }
+    }
+
+    pub(super) const fn endpoint(&self) -> SocketAddr {
+        SocketAddr::new(self.address, self.port)
+    }
+
+    pub(super) const fn backend(&self, service_id: u32) -> Backend {
+        Backend { service_id, address: self.address, port: self.port, weight: self.weight, flags: self.flags }
+    }
+}
+
+/// All of them: most of what a large cluster is, so there is one copy, and it is compact.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Backends {
+    /// Service id → its backends by endpoint, then id. Several of one endpoint are what a crash or somebody else left; the
+    /// first is the endpoint's.
+    of: HashMap<u32, Vec<Held>>,
+}
+
+impl Backends {
+    pub(super) fn restore(mut backends: Vec<(u32, Backend)>) -> Self {
+        backends.sort_unstable_by_key(|(id, backend)| (backend.service_id, backend.address, backend.port, *id));
+        let services = backends.chunk_by(|(_, one), (_, next)| one.service_id == next.service_id);
+        let held = |(id, backend): &(u32, Backend)| Held::new(*id, backend);
+        let of = services.map(|backends| (backends[0].1.service_id, backends.iter().map(held).collect()));
+        Self { of: of.collect() }
+    }
+
+    /// A service port's.
+    pub(super) fn of(&self, service_id: u32) -> &[Held] {
+        self.of.get(&service_id).map_or(&[], Vec::as_slice)
+    }
+
+    /// An endpoint's.
+    pub(super) fn get(&self, service_id: u32, endpoint: SocketAddr) -> Option<&Held> {
+        let of = self.of(service_id);
+        let first = of.partition_point(|held| held.endpoint() < endpoint);
+        of.get(first).filter(|held| held.endpoint() == endpoint)
+    }
+
+    /// Whether this backend is there.
+    pub(super) fn contains(&self, service_id: u32, endpoint: SocketAddr, id: u32) -> bool {
+        position(self.of(service_id), endpoint, id).is_ok()
+    }
+
+    /// All of them, with their service ids.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u32, &Held)> {
+        self.of.iter().flat_map(|(service_id, of)| of.iter().map(|held| (*service_id, held)))
+    }
+
+    /// Ids of the service ports that have some.
+    pub(super) fn services(&self) -> impl Iterator<Item = u32> {
+        self.of.keys().copied()
+    }
+
+    /// So many of a service port are about to be put.
+    pub(super) fn expect(&mut self, service_id: u32, number: usize) {
+        if number > 0 {
+            self.of.entry(service_id).or_default().reserve_exact(number);
+        }
+    }
+
+    pub(super) fn put(&mut self, id: u32, backend: &Backend) {
+        let of = self.of.entry(backend.service_id).or_default();
+        let held = Held::new(id, backend);
+        match position(of, held.endpoint(), id) {
+            Ok(known) => of[known] = held,
+            Err(place) => of.insert(place, held),
+        }
+    }
+
+    pub(super) fn delete(&mut self, service_id: u32, endpoint: SocketAddr, id: u32) {
+        let Some(of) = self.of.get_mut(&service_id) else { return };
+        if let Ok(known) = position(of, endpoint, id) {
+            of.remove(known);
+        }
+        if of.is_empty() {
+            self.of.remove(&service_id);
+        }
+    }
+}
+
+fn position(of: &[Held], endpoint: SocketAddr, id: u32) -> Result<usize, usize> {
+    of.binary_search_by_key(&(endpoint, id), |held| (held.endpoint(), held.id))
+}
