@@ -135,27 +135,28 @@ pub enum NodePortAddresses {
     All,
 }
 
-/// Maximum entries of the maps that grow with the cluster or with traffic.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Maximum entries of the maps that grow with the cluster or with traffic. `None`: those of the map that is pinned, or else
+/// what this machine's memory allows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MapSizes {
     /// Service ports: names and counters.
-    pub services: u32,
+    pub services: Option<u32>,
     /// Frontends, per family.
-    pub frontends: u32,
+    pub frontends: Option<u32>,
     /// Backends, per family.
-    pub backends: u32,
+    pub backends: Option<u32>,
     /// Elements of the backend table.
-    pub table: u32,
+    pub table: Option<u32>,
     /// Flows, two entries each, per family.
-    pub conntrack: u32,
+    pub conntrack: Option<u32>,
     /// Half-open flows, two entries each, per family.
-    pub half_open: u32,
+    pub half_open: Option<u32>,
     /// Clients with session affinity, per family.
-    pub affinity: u32,
+    pub affinity: Option<u32>,
     /// Sockets balanced at connect time, per family.
-    pub sockets: u32,
+    pub sockets: Option<u32>,
     /// Entries of loadBalancerSourceRanges, one for each port of their Services, per family.
-    pub source_ranges: u32,
+    pub source_ranges: Option<u32>,
 }
 
 /// kube-proxy's ports.
@@ -164,22 +165,6 @@ pub const HEALTHZ_PORT: u16 = 10_256;
 pub const METRICS_PORT: u16 = 10_249;
 /// What failed is tried again at least every 30 seconds: this leaves it several attempts.
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(120);
-
-impl Default for MapSizes {
-    fn default() -> Self {
-        Self {
-            services: 65_536,
-            frontends: 131_072,
-            backends: 262_144,
-            table: 524_288,
-            conntrack: 524_288,
-            half_open: 131_072,
-            affinity: 65_536,
-            sockets: 65_536,
-            source_ranges: 65_536,
-        }
-    }
-}
 
 impl RunConfig {
     /// The defaults of `sheave run` for a source and a node.

@@ -6,6 +6,7 @@
 //! the end: the dataplane outlives this task. [`inputs`] is what it waits for.
 
 mod inputs;
+mod memory;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -34,6 +35,10 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// The first wait before something that failed is tried again; each further one is twice as long.
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
+/// How many service ports that failed in one pass the log names.
+const NAMED: usize = 20;
+/// Services in one pass of which the garbage is worth giving back to the system.
+const MANY: usize = 1_000;
 
 /// Why the controller had to end.
 #[derive(Debug, thiserror::Error)]
@@ -113,7 +118,7 @@ struct Controller {
     settled: bool,
     dirty: BTreeSet<ServiceKey>,
     /// Service ports of each Service that the dataplane was told of.
-    ports: BTreeMap<ServiceKey, BTreeSet<ServicePortName>>,
+    ports: BTreeMap<ServiceKey, Box<[ServicePortName]>>,
     /// The ServiceCIDRs that the dataplane was told of.
     service_cidrs: Option<BTreeSet<Network>>,
     /// Why it could not make them so, as it was logged.
@@ -327,9 +332,13 @@ impl Controller {
             self.dataplane.apply(changed)
         };
         debug!(services = dirty.len(), writes = applied.written, elapsed = ?started.elapsed(), "applied");
+        if dirty.len() >= MANY {
+            tokio::task::spawn_blocking(memory::give_back);
+        }
         let written = applied.written;
         self.report(applied);
         self.tell_service_cidrs();
+        self.status.maps(&self.dataplane.usage());
         self.status.passed(&self.model, dirty.iter(), started.elapsed(), written);
         if !self.is_unfinished() {
             self.status.applied();
@@ -363,7 +372,7 @@ impl Controller {
     /// What the dataplane has to be told of a Service that may have changed.
     fn changes_of(&mut self, key: &ServiceKey, changed: &mut BTreeMap<ServicePortName, Option<ServicePort>>) {
         let desired = self.model.desired(key);
-        let names: BTreeSet<ServicePortName> = desired.keys().cloned().collect();
+        let names: Box<[ServicePortName]> = desired.keys().cloned().collect();
         let known = if names.is_empty() {
             self.ports.remove(key).unwrap_or_default()
         } else {
@@ -377,6 +386,7 @@ impl Controller {
         match self.dataplane.reclaim(grace) {
             Ok(applied) => {
                 debug!(writes = applied.written, "reclaimed");
+                self.status.maps(&self.dataplane.usage());
                 self.report(applied);
             }
             Err(error) => warn!(error = chain(&error), "cannot reclaim"),
@@ -388,12 +398,22 @@ impl Controller {
         if let Some(error) = applied.other {
             error!(error = chain(&error), "cannot write to a map; will try again");
         }
+        let mut new = 0;
         for (name, failure) in applied.failed {
             let text = chain(&failure);
             if self.failures.get(&name) != Some(&text) {
-                error!(service = %name, error = text, "not applied; will try again, other services are not affected");
+                new += 1;
+                if new <= NAMED {
+                    error!(service = %name, error = text, "not applied; will try again, other services are not affected");
+                }
                 self.failures.insert(name, text);
             }
+        }
+        if new > NAMED {
+            error!(
+                services = new - NAMED,
+                "as many more are not applied, too; the metrics sheave_map_… say how full maps are"
+            );
         }
         if !self.dataplane.is_unfinished() && !self.failures.is_empty() {
             info!(services = self.failures.len(), "what had failed is applied");

@@ -14,15 +14,15 @@ pub fn small(cgroup: &Path) -> RunConfig {
     config.pin_path = Path::new("/sys/fs/bpf").join(unique_name());
     config.cgroup = Some(cgroup.to_owned());
     config.sizes = MapSizes {
-        services: 64,
-        frontends: 64,
-        backends: 64,
-        table: 64,
-        conntrack: 1024,
-        half_open: 1024,
-        affinity: 64,
-        sockets: 64,
-        source_ranges: 64,
+        services: Some(64),
+        frontends: Some(64),
+        backends: Some(64),
+        table: Some(64),
+        conntrack: Some(1024),
+        half_open: Some(1024),
+        affinity: Some(64),
+        sockets: Some(64),
+        source_ranges: Some(64),
     };
     config
 }

@@ -195,15 +195,17 @@ timeouts! {
 }
 
 macro_rules! sizes {
-    ($($flag:ident, $env:literal, $default:literal => $field:ident: $help:literal;)+) => {
+    ($($flag:ident, $env:literal => $field:ident: $help:literal;)+) => {
         #[derive(Clone, Debug, Args)]
-        #[command(next_help_heading = "Maximum entries of the maps (fixed while pins exist)")]
+        #[command(
+            next_help_heading = "Maximum entries of the maps (fixed while pins exist; defaults are for 8 GiB of memory or more, and half of \
+                                 that for each halving, to a sixteenth)"
+        )]
         struct SizeArgs {
             $(
                 #[doc = $help]
-                #[arg(long, env = $env, value_name = "ENTRIES", default_value_t = $default)]
-                #[arg(value_parser = clap::value_parser!(u32).range(2..=1 << 27))]
-                $flag: u32,
+                #[arg(long, env = $env, value_name = "ENTRIES", value_parser = clap::value_parser!(u32).range(2..=1 << 27))]
+                $flag: Option<u32>,
             )+
         }
 
@@ -216,15 +218,17 @@ macro_rules! sizes {
 }
 
 sizes! {
-    max_services, "SHEAVE_MAX_SERVICES", 65_536 => services: "Service ports.";
-    max_frontends, "SHEAVE_MAX_FRONTENDS", 131_072 => frontends: "Frontends, per family.";
-    max_backends, "SHEAVE_MAX_BACKENDS", 262_144 => backends: "Backends, per family.";
-    max_table, "SHEAVE_MAX_TABLE", 524_288 => table: "Elements of the backend table.";
-    max_conntrack, "SHEAVE_MAX_CONNTRACK", 524_288 => conntrack: "Flow entries, two a flow, per family.";
-    max_half_open, "SHEAVE_MAX_HALF_OPEN", 131_072 => half_open: "Half-open flow entries, two a flow, per family.";
-    max_affinity, "SHEAVE_MAX_AFFINITY", 65_536 => affinity: "Clients with session affinity, per family.";
-    max_sockets, "SHEAVE_MAX_SOCKETS", 65_536 => sockets: "Sockets balanced at connect time, per family.";
-    max_source_ranges, "SHEAVE_MAX_SOURCE_RANGES", 65_536 => source_ranges: "Entries of loadBalancerSourceRanges, per family.";
+    max_services, "SHEAVE_MAX_SERVICES" => services: "Service ports [default: 65536].";
+    max_frontends, "SHEAVE_MAX_FRONTENDS" => frontends: "Frontends and the addresses that they are on, per family [default: 131072].";
+    max_backends, "SHEAVE_MAX_BACKENDS" => backends: "Backends, per family [default: 262144].";
+    max_table, "SHEAVE_MAX_TABLE" => table: "Elements of the backend table [default: 524288].";
+    max_conntrack, "SHEAVE_MAX_CONNTRACK" => conntrack: "Flow entries, two a flow, per family [default: 524288].";
+    max_half_open, "SHEAVE_MAX_HALF_OPEN" => half_open:
+        "Half-open flow entries, two a flow, per family [default: 131072].";
+    max_affinity, "SHEAVE_MAX_AFFINITY" => affinity: "Clients with session affinity, per family [default: 65536].";
+    max_sockets, "SHEAVE_MAX_SOCKETS" => sockets: "Sockets balanced at connect time, per family [default: 65536].";
+    max_source_ranges, "SHEAVE_MAX_SOURCE_RANGES" => source_ranges:
+        "Entries of loadBalancerSourceRanges, per family [default: 65536].";
 }
 
 impl RunArgs {

@@ -87,7 +87,7 @@ fn flags_reach_the_configuration() {
     assert_eq!(config.hairpin6.to_string(), "fd00::1");
     assert_eq!((config.timeouts.syn, config.timeouts.established, config.timeouts.closing), (5, 7_200, 120));
     assert_eq!((config.snat_ports, config.rejects_per_second), ((50_000, 50_999), 7));
-    assert_eq!(config.sizes.conntrack, 1_024);
+    assert_eq!(config.sizes.conntrack, Some(1_024));
     assert_eq!(config.healthz.0, ["192.0.2.1:80".parse().unwrap(), "[2001:db8::1]:80".parse().unwrap()]);
     assert!(config.metrics.0.is_empty());
     assert_eq!(config.health_timeout.as_secs(), 90);

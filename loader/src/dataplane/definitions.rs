@@ -1,5 +1,7 @@
 //! What every pinned map must look like: the loader's half of `ebpf/src/maps.rs`. A pin that differs is never reused.
 
+use std::sync::LazyLock;
+
 use aya::Pod;
 use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::backend::Backend;
@@ -43,9 +45,26 @@ pub(super) struct Definition {
     pub(super) max_entries: u32,
     /// The flag that sets `max_entries`, if one does.
     pub(super) size_flag: Option<&'static str>,
+    /// `max_entries` is a default: a map that is pinned may have another.
+    is_default: bool,
+}
+
+/// Maximum entries of a map.
+#[derive(Clone, Copy)]
+enum Size {
+    Fixed(u32),
+    /// By a flag, or else as the machine's memory allows: with much of it, the last number.
+    Flag(&'static str, Option<u32>, u32),
 }
 
 impl Definition {
+    /// Takes the size of the kernel's map over, unless a flag says another.
+    pub(super) const fn adopt(&mut self, info: &MapInfo) {
+        if self.is_default {
+            self.max_entries = info.max_entries;
+        }
+    }
+
     /// What differs in the kernel's map, in words; `None` if nothing does.
     pub(super) fn difference(&self, info: &MapInfo) -> Option<String> {
         let fields = [
@@ -62,15 +81,34 @@ impl Definition {
     }
 }
 
-fn define<K: Pod, V: Pod>(
-    name: &'static str,
-    (map_type, flags): (u32, u32),
-    max_entries: u32,
-    size_flag: Option<&'static str>,
-) -> Definition {
+fn define<K: Pod, V: Pod>(name: &'static str, (map_type, flags): (u32, u32), entries: Size) -> Definition {
     let size = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
     let (key_size, value_size) = (size(size_of::<K>()), size(size_of::<V>()));
-    Definition { name, map_type, key_size, value_size, flags, max_entries, size_flag }
+    let (max_entries, size_flag, is_default) = match entries {
+        Size::Fixed(entries) => (entries, None, false),
+        Size::Flag(flag, Some(given), _) => (given, Some(flag), false),
+        Size::Flag(flag, None, most) => (scaled(most, memory()), Some(flag), true),
+    };
+    Definition { name, map_type, key_size, value_size, flags, max_entries, size_flag, is_default }
+}
+
+/// A default size on a machine with this much memory: all with what an 8 GiB machine's kernel leaves, and half for each
+/// halving. A full map costs work, a large one only memory.
+fn scaled(most: u32, memory: u64) -> u32 {
+    const PLENTY: u64 = 7 << 30;
+    const SMALLEST: u64 = 16;
+    let part = PLENTY.div_ceil(memory.max(1)).next_power_of_two().min(SMALLEST);
+    most / u32::try_from(part).unwrap_or(1)
+}
+
+/// This machine's memory in bytes; if nobody says, plenty.
+fn memory() -> u64 {
+    static MEMORY: LazyLock<Option<u64>> = LazyLock::new(|| {
+        let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+        let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+        Some(total.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
+    });
+    MEMORY.unwrap_or(u64::MAX)
 }
 
 /// Every pinned map, with the sizes that were asked for.
@@ -79,40 +117,44 @@ pub(super) fn definitions(sizes: &MapSizes) -> Vec<Definition> {
     type V6 = Ipv6Address;
     let (hash, lru, array, per_cpu) = ((HASH, NO_PREALLOC), (LRU_HASH, 0), (ARRAY, 0), (PER_CPU_ARRAY, 0));
     let trie = (LPM_TRIE, NO_PREALLOC);
-    let (frontends, backends) = (Some("--max-frontends"), Some("--max-backends"));
-    let (services, table) = (Some("--max-services"), Some("--max-table"));
-    let (conntrack, half_open) = (Some("--max-conntrack"), Some("--max-half-open"));
-    let (affinity, sockets) = (Some("--max-affinity"), Some("--max-sockets"));
-    let ranges = Some("--max-source-ranges");
+    let frontends = Size::Flag("--max-frontends", sizes.frontends, 131_072);
+    let backends = Size::Flag("--max-backends", sizes.backends, 262_144);
+    let services = Size::Flag("--max-services", sizes.services, 65_536);
+    let table = Size::Flag("--max-table", sizes.table, 524_288);
+    let conntrack = Size::Flag("--max-conntrack", sizes.conntrack, 524_288);
+    let half_open = Size::Flag("--max-half-open", sizes.half_open, 131_072);
+    let affinity = Size::Flag("--max-affinity", sizes.affinity, 65_536);
+    let sockets = Size::Flag("--max-sockets", sizes.sockets, 65_536);
+    let ranges = Size::Flag("--max-source-ranges", sizes.source_ranges, 65_536);
     let drops = u32::try_from(DROP_COUNTERS).unwrap_or(u32::MAX);
     vec![
-        define::<u32, Config>(names::CONFIG, array, 1, None),
-        define::<FrontendKey<V4>, Frontend>(names::FRONTENDS4, hash, sizes.frontends, frontends),
-        define::<FrontendKey<V6>, Frontend>(names::FRONTENDS6, hash, sizes.frontends, frontends),
-        define::<u32, Backend<V4>>(names::BACKENDS4, hash, sizes.backends, backends),
-        define::<u32, Backend<V6>>(names::BACKENDS6, hash, sizes.backends, backends),
-        define::<u32, u32>(names::BACKEND_TABLE, array, sizes.table, table),
-        define::<FlowKey<V4>, Flow<V4>>(names::CONNTRACK4, lru, sizes.conntrack, conntrack),
-        define::<FlowKey<V6>, Flow<V6>>(names::CONNTRACK6, lru, sizes.conntrack, conntrack),
-        define::<FlowKey<V4>, Flow<V4>>(names::HALF_OPEN4, lru, sizes.half_open, half_open),
-        define::<FlowKey<V6>, Flow<V6>>(names::HALF_OPEN6, lru, sizes.half_open, half_open),
-        define::<AffinityKey<V4>, Affinity>(names::AFFINITY4, lru, sizes.affinity, affinity),
-        define::<AffinityKey<V6>, Affinity>(names::AFFINITY6, lru, sizes.affinity, affinity),
-        define::<u32, Interface>(names::INTERFACES, hash, INTERFACES, None),
-        define::<SocketKey<V4>, SocketPeer<V4>>(names::SOCK_FORWARD4, lru, sizes.sockets, sockets),
-        define::<SocketKey<V6>, SocketPeer<V6>>(names::SOCK_FORWARD6, lru, sizes.sockets, sockets),
-        define::<SocketKey<V4>, SocketPeer<V4>>(names::SOCK_REVERSE4, lru, sizes.sockets, sockets),
-        define::<SocketKey<V6>, SocketPeer<V6>>(names::SOCK_REVERSE6, lru, sizes.sockets, sockets),
-        define::<Prefix<SourceRange<V4>>, u32>(names::SOURCE_RANGES4, trie, sizes.source_ranges, ranges),
-        define::<Prefix<SourceRange<V6>>, u32>(names::SOURCE_RANGES6, trie, sizes.source_ranges, ranges),
-        define::<Prefix<V4>, u32>(names::SERVICE_CIDRS4, trie, SERVICE_CIDRS, None),
-        define::<Prefix<V6>, u32>(names::SERVICE_CIDRS6, trie, SERVICE_CIDRS, None),
-        define::<FragmentKey<V4>, FragmentPorts>(names::FRAGMENTS4, lru, FRAGMENTS, None),
-        define::<FragmentKey<V6>, FragmentPorts>(names::FRAGMENTS6, lru, FRAGMENTS, None),
-        define::<u32, ServiceName>(names::SERVICE_NAMES, hash, sizes.services, services),
-        define::<u32, ServiceCounter>(names::SERVICE_COUNTERS, per_cpu, sizes.services, services),
-        define::<u32, u64>(names::DROP_COUNTERS, per_cpu, drops, None),
-        define::<u32, RejectBudget>(names::REJECT_BUDGET, per_cpu, 1, None),
+        define::<u32, Config>(names::CONFIG, array, Size::Fixed(1)),
+        define::<FrontendKey<V4>, Frontend>(names::FRONTENDS4, hash, frontends),
+        define::<FrontendKey<V6>, Frontend>(names::FRONTENDS6, hash, frontends),
+        define::<u32, Backend<V4>>(names::BACKENDS4, hash, backends),
+        define::<u32, Backend<V6>>(names::BACKENDS6, hash, backends),
+        define::<u32, u32>(names::BACKEND_TABLE, array, table),
+        define::<FlowKey<V4>, Flow<V4>>(names::CONNTRACK4, lru, conntrack),
+        define::<FlowKey<V6>, Flow<V6>>(names::CONNTRACK6, lru, conntrack),
+        define::<FlowKey<V4>, Flow<V4>>(names::HALF_OPEN4, lru, half_open),
+        define::<FlowKey<V6>, Flow<V6>>(names::HALF_OPEN6, lru, half_open),
+        define::<AffinityKey<V4>, Affinity>(names::AFFINITY4, lru, affinity),
+        define::<AffinityKey<V6>, Affinity>(names::AFFINITY6, lru, affinity),
+        define::<u32, Interface>(names::INTERFACES, hash, Size::Fixed(INTERFACES)),
+        define::<SocketKey<V4>, SocketPeer<V4>>(names::SOCK_FORWARD4, lru, sockets),
+        define::<SocketKey<V6>, SocketPeer<V6>>(names::SOCK_FORWARD6, lru, sockets),
+        define::<SocketKey<V4>, SocketPeer<V4>>(names::SOCK_REVERSE4, lru, sockets),
+        define::<SocketKey<V6>, SocketPeer<V6>>(names::SOCK_REVERSE6, lru, sockets),
+        define::<Prefix<SourceRange<V4>>, u32>(names::SOURCE_RANGES4, trie, ranges),
+        define::<Prefix<SourceRange<V6>>, u32>(names::SOURCE_RANGES6, trie, ranges),
+        define::<Prefix<V4>, u32>(names::SERVICE_CIDRS4, trie, Size::Fixed(SERVICE_CIDRS)),
+        define::<Prefix<V6>, u32>(names::SERVICE_CIDRS6, trie, Size::Fixed(SERVICE_CIDRS)),
+        define::<FragmentKey<V4>, FragmentPorts>(names::FRAGMENTS4, lru, Size::Fixed(FRAGMENTS)),
+        define::<FragmentKey<V6>, FragmentPorts>(names::FRAGMENTS6, lru, Size::Fixed(FRAGMENTS)),
+        define::<u32, ServiceName>(names::SERVICE_NAMES, hash, services),
+        define::<u32, ServiceCounter>(names::SERVICE_COUNTERS, per_cpu, services),
+        define::<u32, u64>(names::DROP_COUNTERS, per_cpu, Size::Fixed(drops)),
+        define::<u32, RejectBudget>(names::REJECT_BUDGET, per_cpu, Size::Fixed(1)),
     ]
 }
 
@@ -124,6 +166,18 @@ mod tests {
     fn every_pinned_map_has_a_definition() {
         let defined: Vec<_> = definitions(&MapSizes::default()).iter().map(|definition| definition.name).collect();
         assert_eq!(defined, names::MAPS);
+    }
+
+    #[test]
+    fn small_machines_get_small_maps_and_a_flag_counts_everywhere() {
+        let gigabytes = |number: u64| number * 1_000_000_000;
+        for (memory, part) in [(64, 1), (8, 1), (4, 2), (2, 4), (1, 8)] {
+            assert_eq!(scaled(65_536, gigabytes(memory)), 65_536 / part, "{memory} GB");
+        }
+        assert_eq!((scaled(65_536, 1), scaled(65_536, u64::MAX)), (4_096, 65_536));
+        let sizes = MapSizes { services: Some(77), ..MapSizes::default() };
+        let names = definitions(&sizes).into_iter().find(|definition| definition.name == names::SERVICE_NAMES);
+        assert_eq!(names.map(|names| names.max_entries), Some(77));
     }
 
     #[test]

@@ -22,6 +22,7 @@ mod syscall;
 mod tc;
 #[cfg(feature = "packet-trace")]
 mod trace;
+mod usage;
 mod views;
 mod writer;
 
@@ -35,6 +36,7 @@ pub use cleanup::cleanup;
 pub use error::{DataplaneError, MapError};
 pub use programs::{Features, object};
 pub use syscall::grace_period;
+pub use usage::Usage;
 pub use views::PinnedMaps;
 
 use crate::config::{ConnectMode, RunConfig, XdpMode};
@@ -60,6 +62,8 @@ pub struct Dataplane {
     links: Links,
     sockets: Closer,
     xdp: XdpMode,
+    /// Service ports that a full map refused, by map, each time that it was tried.
+    refused: BTreeMap<&'static str, u64>,
     /// Pod interfaces that went away and whose flows are still there.
     unswept: BTreeSet<u32>,
     /// Last, so that the pin directory is free only when everything else is done with.
@@ -84,7 +88,8 @@ impl Dataplane {
     /// As [`Self::open`].
     pub fn open_with(config: &RunConfig, features: Features) -> Result<Self, DataplaneError> {
         let pins = Pins::take(&config.pin_path)?;
-        let definitions = definitions::definitions(&config.sizes);
+        let mut definitions = definitions::definitions(&config.sizes);
+        pins.adopt_sizes(&mut definitions)?;
         pins.verify(&definitions)?;
         let old = Maps::config(pins.directory())?;
         let programs = Programs::open(&pins, &definitions, features.bits() | settings::constants(old, config))?;
@@ -112,7 +117,17 @@ impl Dataplane {
             cgroup::attach(&programs, &pins.links(), &cgroup)?;
         }
         let sockets = Closer::start(pins.directory())?;
-        Ok(Self { programs, writer, planner, links, sockets, xdp: config.xdp, unswept: BTreeSet::new(), _pins: pins })
+        Ok(Self {
+            programs,
+            writer,
+            planner,
+            links,
+            sockets,
+            xdp: config.xdp,
+            refused: BTreeMap::new(),
+            unswept: BTreeSet::new(),
+            _pins: pins,
+        })
     }
 
     /// Makes the service ports that changed as desired; `None` means that it should not be there. Those that failed
@@ -134,6 +149,9 @@ impl Dataplane {
     fn execute(&mut self, batch: Batch) -> Applied {
         let concerned = sockets::concerned(&batch);
         let applied = self.planner.execute_in(batch, &mut self.writer);
+        for map in applied.failed.values().filter_map(usage::full_map) {
+            *self.refused.entry(map).or_default() += 1;
+        }
         if concerned {
             self.sockets.look();
         }
@@ -275,6 +293,12 @@ impl Dataplane {
     /// If a read or write fails; some of the networks may be known then.
     pub fn set_service_cidrs(&mut self, networks: &BTreeSet<Network>) -> Result<(), DataplaneError> {
         Ok(self.writer.set_service_cidrs(networks)?)
+    }
+
+    /// How full the maps are that services fill.
+    #[must_use]
+    pub fn usage(&self) -> Vec<Usage> {
+        usage::of(&self.planner.counts(), &self.writer.maps, &self.refused)
     }
 
     /// Map writes since [`Self::open`]: 0 after a restart that found everything as desired.

@@ -108,6 +108,16 @@ impl Pins {
         syscall::map_info(map.as_fd()).map(Some).map_err(DataplaneError::file("inspect the pin", &pin))
     }
 
+    /// Gives definitions whose size nobody asked for that of the map that is pinned.
+    pub(super) fn adopt_sizes(&self, definitions: &mut [Definition]) -> Result<(), DataplaneError> {
+        for definition in definitions {
+            if let Some(info) = self.pinned(definition)? {
+                definition.adopt(&info);
+            }
+        }
+        Ok(())
+    }
+
     /// Compares every map that is pinned with its definition, and the pinned config's layout version with this
     /// program's.
     pub(super) fn verify(&self, definitions: &[Definition]) -> Result<(), DataplaneError> {

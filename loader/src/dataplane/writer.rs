@@ -114,10 +114,10 @@ impl Writer {
                 let version = self.version()?;
                 match backend.address {
                     IpAddr::V4(address) => {
-                        self.maps.v4.backends.put(id, &elements::backend_value(backend, address, version))?
+                        self.maps.v4.backends.put(id, &elements::backend_value(backend, address, version))?;
                     }
                     IpAddr::V6(address) => {
-                        self.maps.v6.backends.put(id, &elements::backend_value(backend, address, version))?
+                        self.maps.v6.backends.put(id, &elements::backend_value(backend, address, version))?;
                     }
                 }
             }

@@ -38,7 +38,7 @@ impl Claims {
     /// Adds a claim. A Service that loses the frontend by this is added to `dirty`. A Service that doesn't have what
     /// it asks for is logged, now that it begins.
     pub(super) fn add(&mut self, claim: Claim, claimant: &Claimant, dirty: &mut BTreeSet<ServiceKey>) {
-        let claimants = self.claimants.entry(claim).or_default();
+        let claimants = self.claimants.entry(claim).or_insert_with(|| Vec::with_capacity(1));
         let Err(position) = claimants.binary_search(claimant) else { return };
         claimants.insert(position, claimant.clone());
         if let (0, Some(displaced)) = (position, claimants.get(1)) {

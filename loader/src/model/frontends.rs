@@ -9,30 +9,30 @@ use super::desired::Protocol;
 use super::objects::{Family, Port, Service, ServiceType};
 use crate::config::NodePortAddresses;
 
-/// Frontends of one port: (address, port) → bits of [`flags`].
-pub(super) type Frontends = BTreeMap<SocketAddr, u32>;
+/// Frontends of one port: address, port and bits of [`flags`]. Sorted, each address and port once.
+pub(super) type Frontends = Box<[(SocketAddr, u32)]>;
 
 /// What a Service asks for, port by port in the order of spec.ports. Empty if it isn't balanced. Of two ports of one
 /// Service that ask for the same frontend, the first has it.
-pub(super) fn of_service(service: &Service, external_ips: bool, node: &BTreeSet<IpAddr>) -> Vec<Frontends> {
+pub(super) fn of_service(service: &Service, external_ips: bool, node: &BTreeSet<IpAddr>) -> Box<[Frontends]> {
     if !service.is_balanced() {
-        return Vec::new();
+        return Box::default();
     }
     let mut taken: BTreeSet<(SocketAddr, Protocol)> = BTreeSet::new();
     let mut ports = Vec::with_capacity(service.ports.len());
     for port in &service.ports {
         let mut frontends = of_port(service, port, external_ips, node);
         frontends.retain(|frontend, _| taken.insert((*frontend, port.protocol)));
-        ports.push(frontends);
+        ports.push(frontends.into_iter().collect());
     }
-    ports
+    ports.into()
 }
 
-fn of_port(service: &Service, port: &Port, external_ips: bool, node: &BTreeSet<IpAddr>) -> Frontends {
+fn of_port(service: &Service, port: &Port, external_ips: bool, node: &BTreeSet<IpAddr>) -> BTreeMap<SocketAddr, u32> {
     let internal = if service.internal_local { flags::INTERNAL_LOCAL | flags::EXTERNAL_LOCAL } else { 0 };
     let external = if service.external_local { flags::EXTERNAL_LOCAL } else { 0 };
     let guard = if service.source_ranges.is_some() { flags::SOURCE_RANGES } else { 0 };
-    let mut frontends = Frontends::new();
+    let mut frontends: BTreeMap<SocketAddr, u32> = BTreeMap::new();
     let mut add = |address: IpAddr, port: u16, bits: u32| {
         if service.has_family(Family::of(address)) {
             *frontends.entry(SocketAddr::new(address, port)).or_default() |= bits;

@@ -62,7 +62,7 @@ pub enum Change {
 struct Entry {
     service: Service,
     /// One element for each of `service.ports`, or none at all if the Service isn't balanced.
-    frontends: Vec<Frontends>,
+    frontends: Box<[Frontends]>,
 }
 
 impl Entry {
@@ -72,7 +72,7 @@ impl Entry {
 
     fn claims(&self) -> BTreeSet<Claim> {
         let ports = self.service.ports.iter().zip(&self.frontends);
-        ports.flat_map(|(port, frontends)| frontends.keys().map(|frontend| (*frontend, port.protocol))).collect()
+        ports.flat_map(|(port, frontends)| frontends.iter().map(|(frontend, _)| (*frontend, port.protocol))).collect()
     }
 }
 
@@ -80,10 +80,10 @@ impl Entry {
 #[derive(Debug)]
 pub struct Model {
     options: ModelOptions,
-    services: BTreeMap<ServiceKey, Entry>,
+    services: BTreeMap<ServiceKey, Box<Entry>>,
     slices: HashMap<SliceKey, EndpointSlice>,
     /// Slices by the Service they belong to, which need not exist.
-    slices_of: HashMap<ServiceKey, BTreeSet<SliceKey>>,
+    slices_of: HashMap<ServiceKey, Vec<SliceKey>>,
     claims: Claims,
     node: Option<Node>,
     /// `None` as long as nobody has said which there are.
@@ -154,12 +154,13 @@ impl Model {
     /// its frontends to older Services is left out.
     #[must_use]
     pub fn desired(&self, key: &ServiceKey) -> BTreeMap<ServicePortName, ServicePort> {
-        let Some(Entry { service, frontends }) = self.services.get(key) else { return BTreeMap::new() };
+        let Some(Entry { service, frontends }) = self.services.get(key).map(Box::as_ref) else {
+            return BTreeMap::new();
+        };
         let mut ports = BTreeMap::new();
         for (port, frontends) in service.ports.iter().zip(frontends) {
             let owned = |frontend| self.claims.is_owner(&(frontend, port.protocol), key);
-            let frontends: Frontends =
-                frontends.iter().map(|(frontend, flags)| (*frontend, *flags)).filter(|(f, _)| owned(*f)).collect();
+            let frontends: BTreeMap<_, _> = frontends.iter().copied().filter(|(f, _)| owned(*f)).collect();
             if frontends.is_empty() {
                 continue;
             }
@@ -226,7 +227,7 @@ impl Model {
         if let Some(old) = old.as_ref().filter(|old| old.service == service) {
             // The same again, from a relist.
             let frontends = old.frontends.clone();
-            self.services.insert(service.key.clone(), Entry { service, frontends });
+            self.services.insert(service.key.clone(), Box::new(Entry { service, frontends }));
             return;
         }
         let known = old.as_ref().map_or(&[][..], |old| &old.service.problems);
@@ -234,8 +235,8 @@ impl Model {
         dirty.insert(service.key.clone());
         let frontends = frontends::of_service(&service, self.options.external_ips, &self.node_addresses);
         let new = Entry { service, frontends };
-        self.move_claims(old.as_ref(), Some(&new), dirty);
-        self.services.insert(new.service.key.clone(), new);
+        self.move_claims(old.as_deref(), Some(&new), dirty);
+        self.services.insert(new.service.key.clone(), Box::new(new));
     }
 
     fn remove_service(&mut self, key: &ServiceKey, dirty: &mut BTreeSet<ServiceKey>) {
@@ -286,7 +287,10 @@ impl Model {
             self.remove_slice(&slice.key.clone(), dirty);
         }
         if let Some(service) = &slice.service {
-            self.slices_of.entry(service.clone()).or_default().insert(slice.key.clone());
+            let slices = self.slices_of.entry(service.clone()).or_insert_with(|| Vec::with_capacity(1));
+            if let Err(place) = slices.binary_search(&slice.key) {
+                slices.insert(place, slice.key.clone());
+            }
             self.touch(service, dirty);
         }
         self.slices.insert(slice.key.clone(), slice);
@@ -296,7 +300,7 @@ impl Model {
         let Some(old) = self.slices.remove(key) else { return };
         let Some(service) = old.service else { return };
         if let Some(slices) = self.slices_of.get_mut(&service) {
-            slices.remove(key);
+            slices.retain(|slice| slice != key);
             if slices.is_empty() {
                 self.slices_of.remove(&service);
             }
@@ -367,7 +371,7 @@ impl Model {
             }
             let new = Entry { service: entry.service.clone(), frontends };
             self.move_claims(Some(entry), Some(&new), dirty);
-            *entry = new;
+            **entry = new;
             dirty.insert(key.clone());
         }
         self.services = services;

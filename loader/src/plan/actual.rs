@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use sheave_common::frontend::{BackendSet, flags};
 
-use super::backends::Backends;
+use super::backends::{Backends, family};
 use super::runs::Runs;
 use super::write::{Backend, Frontend, FrontendAddress, Write};
 use crate::model::desired::ServicePortName;
@@ -46,6 +46,25 @@ pub(super) struct Actual {
     /// Names that identify nothing: unreadable, or a second id for one service port.
     pub(super) stray_names: BTreeSet<u32>,
     frontends_of: BTreeSet<(u32, FrontendAddress)>,
+    /// Frontends of IPv4 and of IPv6.
+    frontend_counts: [usize; 2],
+    /// Source ranges of IPv4 and of IPv6.
+    source_range_counts: [usize; 2],
+}
+
+/// Elements in the kernel's maps; of IPv4 and of IPv6 where each has its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// `frontends4`, `frontends6`.
+    pub frontends: [usize; 2],
+    /// `backends4`, `backends6`.
+    pub backends: [usize; 2],
+    /// `service_names`.
+    pub names: usize,
+    /// `backend_table`: elements of runs.
+    pub table: usize,
+    /// `source_ranges4`, `source_ranges6`.
+    pub source_ranges: [usize; 2],
 }
 
 impl Actual {
@@ -58,7 +77,12 @@ impl Actual {
             runs: Runs::new(dump.table_size),
             stray_names: BTreeSet::new(),
             frontends_of: BTreeSet::new(),
+            frontend_counts: [0; 2],
+            source_range_counts: [0; 2],
         };
+        for (_, network) in &actual.source_ranges {
+            actual.source_range_counts[family(network.address())] += 1;
+        }
         let mut known = HashSet::new();
         let mut names = dump.names;
         names.sort_unstable_by_key(|(id, _)| *id);
@@ -79,6 +103,16 @@ impl Actual {
             actual.put_frontend(address, frontend);
         }
         actual
+    }
+
+    pub(super) fn counts(&self) -> Counts {
+        Counts {
+            frontends: self.frontend_counts,
+            backends: self.backends.counts(),
+            names: self.names.len() + self.stray_names.len(),
+            table: self.runs.used() as usize,
+            source_ranges: self.source_range_counts,
+        }
     }
 
     /// Every service id that something in the kernel carries.
@@ -122,11 +156,13 @@ impl Actual {
                 Vec::new()
             }
             Write::PutSourceRange { service_id, network } => {
-                self.source_ranges.insert((*service_id, *network));
+                let is_new = self.source_ranges.insert((*service_id, *network));
+                self.source_range_counts[family(network.address())] += usize::from(is_new);
                 Vec::new()
             }
             Write::DeleteSourceRange { service_id, network } => {
-                self.source_ranges.remove(&(*service_id, *network));
+                let was_there = self.source_ranges.remove(&(*service_id, *network));
+                self.source_range_counts[family(network.address())] -= usize::from(was_there);
                 Vec::new()
             }
             Write::PutBackend { id, backend } => {
@@ -140,6 +176,7 @@ impl Actual {
             Write::PutFrontend { address, frontend } => self.put_frontend(*address, *frontend),
             Write::DeleteFrontend { address } => {
                 let old = self.frontends.remove(address);
+                self.frontend_counts[family(address.address)] -= usize::from(old.is_some());
                 self.forget(*address, old)
             }
         }
@@ -149,6 +186,7 @@ impl Actual {
         self.runs.name(frontend.cluster);
         self.runs.name(frontend.local);
         let old = self.frontends.insert(address, frontend);
+        self.frontend_counts[family(address.address)] += usize::from(old.is_none());
         let unnamed = self.forget(address, old);
         self.frontends_of.insert((frontend.service_id, address));
         unnamed

@@ -35,6 +35,8 @@ pub(super) struct Backends {
     /// Service id → its backends by endpoint, then id. Several of one endpoint are what a crash or somebody else left; the
     /// first is the endpoint's.
     of: HashMap<u32, Vec<Held>>,
+    /// Of IPv4, of IPv6.
+    counts: [usize; 2],
 }
 
 impl Backends {
@@ -43,7 +45,12 @@ impl Backends {
         let services = backends.chunk_by(|(_, one), (_, next)| one.service_id == next.service_id);
         let held = |(id, backend): &(u32, Backend)| Held::new(*id, backend);
         let of = services.map(|backends| (backends[0].1.service_id, backends.iter().map(held).collect()));
-        Self { of: of.collect() }
+        let of = of.collect();
+        let mut counts = [0; 2];
+        for (_, backend) in &backends {
+            counts[family(backend.address)] += 1;
+        }
+        Self { of, counts }
     }
 
     /// A service port's.
@@ -73,6 +80,11 @@ impl Backends {
         self.of.keys().copied()
     }
 
+    /// How many there are of IPv4 and of IPv6.
+    pub(super) const fn counts(&self) -> [usize; 2] {
+        self.counts
+    }
+
     /// So many of a service port are about to be put.
     pub(super) fn expect(&mut self, service_id: u32, number: usize) {
         if number > 0 {
@@ -85,7 +97,10 @@ impl Backends {
         let held = Held::new(id, backend);
         match position(of, held.endpoint(), id) {
             Ok(known) => of[known] = held,
-            Err(place) => of.insert(place, held),
+            Err(place) => {
+                of.insert(place, held);
+                self.counts[family(held.address)] += 1;
+            }
         }
     }
 
@@ -93,11 +108,17 @@ impl Backends {
         let Some(of) = self.of.get_mut(&service_id) else { return };
         if let Ok(known) = position(of, endpoint, id) {
             of.remove(known);
+            self.counts[family(endpoint.ip())] -= 1;
         }
         if of.is_empty() {
             self.of.remove(&service_id);
         }
     }
+}
+
+/// Index of an address's family where IPv4 and IPv6 are counted apart.
+pub(super) fn family(address: IpAddr) -> usize {
+    usize::from(address.is_ipv6())
 }
 
 fn position(of: &[Held], endpoint: SocketAddr, id: u32) -> Result<usize, usize> {

@@ -7,7 +7,7 @@ use sheave_common::backend::flags::IN_USE;
 use sheave_common::frontend::BackendSet;
 use sheave_common::service_name::TEXT_LENGTH;
 
-use super::actual::{Actual, Dump};
+use super::actual::{Actual, Counts, Dump};
 use super::claims::{Claims, Touched, mark_of};
 use super::identity::Identity;
 use super::reclaim::Queue;
@@ -413,6 +413,12 @@ impl Planner {
     /// A service port on the address: it is planned again if the mark can't be written.
     fn mark_owner(&self, ip: &IpAddr) -> Owner {
         self.claims.on_address(ip).map_or(Owner::Nobody, |name| Owner::Service(name.clone()))
+    }
+
+    /// How many elements the maps have.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.actual.counts()
     }
 
     /// Whether some service port is not in the kernel as desired because something failed; the next plan includes it.

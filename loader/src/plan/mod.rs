@@ -27,7 +27,7 @@ mod tests;
 mod wanted;
 mod write;
 
-pub use actual::Dump;
+pub use actual::{Counts, Dump};
 pub use diff::{PlanError, Planner};
 pub use execute::Sink;
 pub use identity::Identity;

@@ -41,6 +41,11 @@ impl Runs {
         self.table.capacity()
     }
 
+    /// Elements of the table in use.
+    pub(super) const fn used(&self) -> u32 {
+        self.table.used()
+    }
+
     /// Takes up a run that a frontend in the kernel names. One that overlaps another is left out: its elements are
     /// not reused before the next restart, and the service gets a new run.
     pub(super) fn restore(&mut self, service_id: u32, set: BackendSet, ids: Box<[u32]>) {

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 #[derive(Clone, Debug)]
 pub struct Table {
     capacity: u32,
+    used: u32,
     /// First element → length of each free stretch; no two touch.
     by_first: BTreeMap<u32, u32>,
     /// (length, first element) of the same stretches.
@@ -16,7 +17,7 @@ impl Table {
     /// A table of which everything is free.
     #[must_use]
     pub fn new(capacity: u32) -> Self {
-        let mut table = Self { capacity, by_first: BTreeMap::new(), by_length: BTreeSet::new() };
+        let mut table = Self { capacity, used: capacity, by_first: BTreeMap::new(), by_length: BTreeSet::new() };
         table.insert(0, capacity);
         table
     }
@@ -25,6 +26,12 @@ impl Table {
     #[must_use]
     pub const fn capacity(&self) -> u32 {
         self.capacity
+    }
+
+    /// Number of elements that are not free.
+    #[must_use]
+    pub const fn used(&self) -> u32 {
+        self.used
     }
 
     /// Takes the smallest stretch that holds `length` elements; `None` if there is none. `length` is not 0.
@@ -70,12 +77,14 @@ impl Table {
         if length > 0 {
             self.by_first.insert(first, length);
             self.by_length.insert((length, first));
+            self.used -= length;
         }
     }
 
     fn remove(&mut self, first: u32, length: u32) {
         self.by_first.remove(&first);
         self.by_length.remove(&(length, first));
+        self.used += length;
     }
 }
 
@@ -136,6 +145,8 @@ mod tests {
         for (first, length) in taken {
             table.free(first, length);
         }
+        assert_eq!(table.used(), 0);
         assert_eq!(table.allocate(200), Some(0));
+        assert_eq!(table.used(), 200);
     }
 }

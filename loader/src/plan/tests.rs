@@ -168,7 +168,23 @@ impl Maps {
             Ok::<(), std::convert::Infallible>(())
         });
         assert!(outcome.failed.is_empty() && outcome.other.is_none());
+        self.assert_counted(planner);
         outcome.written
+    }
+
+    fn assert_counted(&self, planner: &Planner) {
+        let by_family = |addresses: &mut dyn Iterator<Item = IpAddr>| {
+            let (v4, v6): (Vec<_>, Vec<_>) = addresses.partition(IpAddr::is_ipv4);
+            [v4.len(), v6.len()]
+        };
+        let counts = Counts {
+            frontends: by_family(&mut self.frontends.keys().map(|key| key.address)),
+            backends: by_family(&mut self.backends.values().map(|backend| backend.address)),
+            names: self.names.len(),
+            source_ranges: by_family(&mut self.source_ranges.iter().map(|(_, network)| network.address())),
+            ..planner.counts()
+        };
+        assert_eq!(planner.counts(), counts);
     }
 
     fn settle(&mut self, planner: &mut Planner) -> usize {

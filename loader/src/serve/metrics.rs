@@ -30,6 +30,9 @@ pub(super) struct Metrics {
     pub(super) healthz: IntCounterVec,
     pub(super) livez: IntCounterVec,
     pub(super) map_writes: IntCounter,
+    pub(super) map_entries: IntGaugeVec,
+    pub(super) map_capacity: IntGaugeVec,
+    pub(super) map_refusals: IntCounterVec,
     pub(super) skipped_fields: IntCounter,
 }
 
@@ -56,6 +59,10 @@ impl Maker {
 
     fn counters(&self, name: &str, help: &str, label: &str) -> IntCounterVec {
         self.add(IntCounterVec::new(Opts::new(name, help), &[label]))
+    }
+
+    fn gauges(&self, name: &str, help: &str, label: &str) -> IntGaugeVec {
+        self.add(IntGaugeVec::new(Opts::new(name, help), &[label]))
     }
 
     fn seconds(&self, name: &str, help: &str) -> Gauge {
@@ -118,6 +125,13 @@ impl Metrics {
             healthz: make.counters("kubeproxy_proxy_healthz_total", "Answers of /healthz", "code"),
             livez: make.counters("kubeproxy_proxy_livez_total", "Answers of /livez", "code"),
             map_writes: make.counter("sheave_map_writes_total", "Writes to pinned maps that applied changes"),
+            map_entries: make.gauges("sheave_map_entries", "Elements in use of a map that Services fill", "map"),
+            map_capacity: make.gauges("sheave_map_capacity", "Elements that such a map has room for", "map"),
+            map_refusals: make.counters(
+                "sheave_map_refused_writes_total",
+                "Service ports that a full map had no room for, each time that it was tried; the log names them",
+                "map",
+            ),
             skipped_fields: make
                 .counter("sheave_skipped_fields_total", "Fields of objects that could not be used; the log names them"),
             registry: make.0.clone(),

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use super::health::Health;
 use super::metrics::{Changes, Metrics, seconds};
 use super::service_health::HealthChecks;
+use crate::dataplane::Usage;
 use crate::model::desired::{EndpointSets, ServiceKey, ServicePort, ServicePortName};
 use crate::model::{Change, Model};
 
@@ -127,6 +128,16 @@ impl Status {
             differs
         });
         self.health.synced();
+    }
+
+    /// How full the maps are.
+    pub fn maps(&self, maps: &[Usage]) {
+        for Usage { map, entries, capacity, refused } in maps {
+            self.metrics.map_entries.with_label_values(&[map]).set(i64::try_from(*entries).unwrap_or(i64::MAX));
+            self.metrics.map_capacity.with_label_values(&[map]).set((*capacity).into());
+            let counter = self.metrics.map_refusals.with_label_values(&[map]);
+            counter.inc_by(refused.saturating_sub(counter.get()));
+        }
     }
 
     /// Everything that is known has been applied.

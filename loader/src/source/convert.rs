@@ -205,7 +205,10 @@ fn cluster_ips(reader: &mut Reader, spec: &core::ServiceSpec) -> Vec<IpAddr> {
     match spec.cluster_ips.as_deref() {
         Some(texts) if !texts.is_empty() => {
             let texts = texts.iter().enumerate().filter(|(_, text)| !none(text));
-            texts.filter_map(|(i, text)| reader.address(format_args!("spec.clusterIPs[{i}]"), text)).collect()
+            let mut addresses: Vec<_> =
+                texts.filter_map(|(i, text)| reader.address(format_args!("spec.clusterIPs[{i}]"), text)).collect();
+            addresses.shrink_to_fit();
+            addresses
         }
         _ => {
             let text = spec.cluster_ip.as_deref().filter(|text| !none(text));
@@ -264,6 +267,7 @@ fn ports(reader: &mut Reader, spec: &core::ServiceSpec) -> Vec<Port> {
         let node_port = node_port.and_then(|port| reader.port(format_args!("spec.ports[{i}].nodePort"), port));
         ports.push(Port { name, protocol, port: number, node_port });
     }
+    ports.shrink_to_fit();
     ports
 }
 

@@ -270,14 +270,14 @@ fn config(options: &Options) -> RunConfig {
     config.rejects_per_second = u32::MAX;
     config.snat_ports = SNAT_PORTS;
     config.sizes = MapSizes {
-        services: 512,
-        frontends: 4_096,
-        backends: 8_192,
-        table: 16_384,
-        conntrack: 65_536,
-        half_open: 65_536,
-        affinity: 131_072,
-        sockets: 64,
+        services: Some(512),
+        frontends: Some(4_096),
+        backends: Some(8_192),
+        table: Some(16_384),
+        conntrack: Some(65_536),
+        half_open: Some(65_536),
+        affinity: Some(131_072),
+        sockets: Some(64),
         ..MapSizes::default()
     };
     config

@@ -2,6 +2,7 @@
 //! directory, network namespace and cgroup, and never touches the machine's interfaces or its root cgroup.
 
 mod bench;
+mod full;
 mod links;
 mod networks;
 mod pins;

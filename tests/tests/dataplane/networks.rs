@@ -64,7 +64,7 @@ fn source_ranges_follow_their_service_and_a_restart_writes_none() {
 fn a_full_map_of_source_ranges_refuses_one_service_and_names_the_map() {
     in_namespace(|| {
         let mut bench = Bench::new();
-        bench.config.sizes.source_ranges = 2;
+        bench.config.sizes.source_ranges = Some(2);
         let mut dataplane = bench.open();
         apply(&mut dataplane, Some(guarded(1, &["10.0.0.0/8"])));
         let greedy = guarded(2, &["10.1.0.0/16", "10.2.0.0/16"]);

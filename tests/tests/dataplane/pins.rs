@@ -7,7 +7,6 @@ use std::os::unix::process::CommandExt;
 use aya::maps::{Array, Map, MapData};
 use sheave::dataplane::{self, Dataplane, DataplaneError};
 use sheave::interfaces::Role;
-use sheave::plan::Failure;
 use sheave_common::config::Config;
 use sheave_common::frontend::flags::CLUSTER_IP;
 use sheave_tests::process::built;
@@ -96,13 +95,13 @@ fn a_pin_of_another_size_or_layout_is_refused_and_says_what_to_do() {
     in_namespace(|| {
         let mut bench = Bench::new();
         drop(bench.open());
-        bench.config.sizes.backends = 128;
+        bench.config.sizes.backends = Some(128);
         let error = Dataplane::open(&bench.config).err().expect("refused");
         let text = chain(&error);
         let pin = bench.pin("backends4").display().to_string();
         assert!(text.contains(&pin) && text.contains("max_entries is 64, not 128"), "{text}");
         assert!(text.contains("sheave cleanup"), "{text}");
-        bench.config.sizes.backends = 64;
+        bench.config.sizes.backends = Some(64);
         let map = Map::Array(MapData::from_pin(bench.pin("config")).expect("pinned"));
         let mut map = Array::<MapData, Config>::try_from(map).expect("the config map");
         let config = map.get(&0, 0).expect("its element");
@@ -154,29 +153,6 @@ fn cleanup_leaves_nothing_and_may_be_repeated() {
 }
 
 #[test]
-fn a_full_map_names_itself_and_its_flag_and_spares_other_services() {
-    in_namespace(|| {
-        let mut bench = Bench::new();
-        bench.config.sizes.frontends = 4;
-        let mut dataplane = bench.open();
-        assert!(dataplane.apply_all(desired()).failed.is_empty(), "two services with a mark each fill the map");
-        let applied = dataplane.apply(BTreeMap::from([(name("late"), Some(service(3, &[1])))]));
-        let Some(failure @ Failure::Write(_)) = applied.failed.get(&name("late")) else { panic!("{applied:?}") };
-        let text = failure.to_string();
-        assert!(text.contains("frontends4") && text.contains("--max-frontends"), "{text}");
-        assert!(dataplane.is_unfinished());
-        let applied = dataplane.apply(BTreeMap::from([(name("db"), None)]));
-        // Deletions come after writes: the room is there for the next try.
-        assert!(applied.failed.contains_key(&name("late")));
-        let applied = dataplane.apply(BTreeMap::new());
-        assert!(applied.failed.is_empty() && !dataplane.is_unfinished(), "{applied:?}");
-        let grace = dataplane.begin_grace().expect("db's backend waits");
-        dataplane.reclaim(grace).expect("reclaimed");
-        assert_eq!(bench.view().service_names().expect("a dump").len(), 2);
-    });
-}
-
-#[test]
 fn a_process_without_the_capabilities_is_told_which_ones_it_needs() {
     in_namespace(|| {
         let bench = Bench::new();
@@ -194,7 +170,8 @@ fn a_process_without_the_capabilities_is_told_which_ones_it_needs() {
 fn a_large_cluster_fits_and_one_change_in_it_is_one_change() {
     in_namespace(|| {
         let mut bench = Bench::new();
-        bench.config.sizes = sheave::config::MapSizes { conntrack: 1024, half_open: 1024, ..Default::default() };
+        bench.config.sizes =
+            sheave::config::MapSizes { conntrack: Some(1024), half_open: Some(1024), ..Default::default() };
         let mut dataplane = bench.open();
         let port = |number: u32, backends: &[u8]| {
             let mut port = service(0, backends);

@@ -46,7 +46,7 @@ fn elements_that_vanished_or_are_strangers_are_put_right_by_a_restart() {
 fn a_service_id_is_used_again_only_after_its_flows_and_affinity_entries_are_swept() {
     in_namespace(|| {
         let mut bench = Bench::new();
-        bench.config.sizes.services = 3;
+        bench.config.sizes.services = Some(3);
         let mut dataplane = bench.open();
         assert!(dataplane.apply_all(desired()).failed.is_empty());
         let view = bench.view();

@@ -1,0 +1,89 @@
+//! Full maps: one service port is refused and says why, the others go on, and what was refused comes when there is room.
+
+use std::collections::BTreeMap;
+
+use sheave::config::MapSizes;
+use sheave::dataplane::{Dataplane, Usage};
+use sheave::model::desired::{ServicePort, ServicePortName};
+use sheave_common::names;
+
+use crate::bench::{Bench, desired, in_namespace, name, service};
+
+/// A size that [`desired`] just fits into.
+struct Tight {
+    map: &'static str,
+    flag: &'static str,
+    set: fn(&mut MapSizes),
+}
+
+const TIGHT: [Tight; 4] = [
+    Tight { map: names::FRONTENDS4, flag: "--max-frontends", set: |sizes| sizes.frontends = Some(4) },
+    Tight { map: names::BACKENDS4, flag: "--max-backends", set: |sizes| sizes.backends = Some(4) },
+    // The cluster sets, and the local set of the one that has an endpoint here.
+    Tight { map: names::BACKEND_TABLE, flag: "--max-table", set: |sizes| sizes.table = Some(5) },
+    Tight { map: names::SERVICE_NAMES, flag: "--max-services", set: |sizes| sizes.services = Some(3) },
+];
+
+fn usage(dataplane: &Dataplane, map: &str) -> Usage {
+    dataplane.usage().into_iter().find(|usage| usage.map == map).expect("a map that services fill")
+}
+
+fn one(name: ServicePortName, port: Option<ServicePort>) -> BTreeMap<ServicePortName, Option<ServicePort>> {
+    BTreeMap::from([(name, port)])
+}
+
+fn settle(dataplane: &mut Dataplane) {
+    while let Some(grace) = dataplane.begin_grace() {
+        dataplane.reclaim(grace).expect("reclaimed");
+    }
+}
+
+#[test]
+fn a_full_map_refuses_one_service_port_names_its_flag_and_recovers() {
+    in_namespace(|| {
+        for Tight { map, flag, set } in TIGHT {
+            let mut bench = Bench::new();
+            set(&mut bench.config.sizes);
+            let mut dataplane = bench.open();
+            assert!(dataplane.apply_all(desired()).failed.is_empty(), "{map}: it fits");
+            let full = usage(&dataplane, map);
+            assert_eq!((full.entries, full.refused), (full.capacity as usize, 0), "{full:?}");
+
+            let applied = dataplane.apply(one(name("late"), Some(service(3, &[1]))));
+            let [(refused, failure)] = &applied.failed.iter().collect::<Vec<_>>()[..] else { panic!("{applied:?}") };
+            let text = failure.to_string();
+            assert!(**refused == name("late") && text.contains(flag), "{map}: {text}");
+            assert!(text.contains(map) || map == names::SERVICE_NAMES, "{map}: {text}");
+            assert_eq!(usage(&dataplane, map).refused, 1);
+
+            let with_affinity = ServicePort { affinity_seconds: 60, ..service(1, &[1, 2, 3]) };
+            let applied = dataplane.apply(one(name("web"), Some(with_affinity)));
+            assert!(!applied.failed.contains_key(&name("web")), "{map}: {applied:?}");
+            let frontends = bench.view().frontends4().expect("a dump");
+            assert!(frontends.iter().any(|(_, frontend)| frontend.affinity_seconds == 60), "{map}: others go on");
+
+            let _ = dataplane.apply(one(name("db"), None));
+            settle(&mut dataplane);
+            let applied = dataplane.apply(BTreeMap::new());
+            assert!(applied.failed.is_empty() && !dataplane.is_unfinished(), "{map}: there is room: {applied:?}");
+            settle(&mut dataplane);
+            let names = bench.view().service_names().expect("a dump");
+            assert!(names.iter().any(|(_, name)| name.as_str() == Some("default/late:http")), "{map}");
+            assert_eq!(names.len(), 2);
+        }
+    });
+}
+
+#[test]
+fn a_size_that_nobody_asked_for_is_that_of_the_pinned_map() {
+    in_namespace(|| {
+        let mut bench = Bench::new();
+        let asked = bench.config.sizes;
+        drop(bench.open());
+        bench.config.sizes = MapSizes::default();
+        let dataplane = bench.open();
+        for (map, size) in [(names::FRONTENDS4, asked.frontends), (names::BACKEND_TABLE, asked.table)] {
+            assert_eq!(Some(usage(&dataplane, map).capacity), size, "{map}");
+        }
+    });
+}
