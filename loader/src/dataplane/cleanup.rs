@@ -1,7 +1,6 @@
 //! Removes every trace: attached programs, pinned maps, directories.
 
 use std::fs;
-use std::os::fd::AsFd;
 use std::path::Path;
 
 use sheave_common::config::Config;
@@ -27,13 +26,7 @@ pub fn cleanup(pin_path: &Path) -> Result<(), DataplaneError> {
     if directory.is_dir() {
         for entry in fs::read_dir(&directory).map_err(DataplaneError::file("list", &directory))? {
             let pin = entry.map_err(DataplaneError::file("list", &directory))?.path();
-            // A link that something else holds open is detached all the same; older kernels only unpin.
-            if let Ok(Some(link)) = links::open(&pin)
-                && let Err(error) = syscall::link_detach(link.as_fd())
-            {
-                tracing::debug!(pin = %pin.display(), %error, "cannot detach; removing its pin does");
-            }
-            links::remove(&pin)?;
+            links::detach(&pin)?;
         }
         fs::remove_dir(&directory).map_err(DataplaneError::file("remove", &directory))?;
     }

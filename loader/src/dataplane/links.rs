@@ -140,7 +140,7 @@ impl Links {
         let wanted = xdp(interface, mode);
         for hook in [Hook::XdpNative, Hook::XdpGeneric] {
             if wanted.is_none_or(|(wanted, _)| wanted != hook) {
-                remove(&self.pin(interface.index, hook))?;
+                detach(&self.pin(interface.index, hook))?;
             }
         }
         let Some((hook, required)) = wanted else { return Ok(false) };
@@ -247,6 +247,17 @@ pub(super) fn open(pin: &Path) -> io::Result<Option<OwnedFd>> {
 
 fn is_on(link: &OwnedFd, index: u32) -> io::Result<bool> {
     Ok(syscall::link_info(link.as_fd())?.target == index)
+}
+
+/// Detaches a pinned link at once, also if something else holds it open, and removes its pin; it need not be there. Without
+/// that the kernel detaches a moment after the last holder is gone, and has no place for native XDP beside generic until then.
+pub(super) fn detach(pin: &Path) -> Result<(), DataplaneError> {
+    if let Ok(Some(link)) = open(pin)
+        && let Err(error) = syscall::link_detach(link.as_fd())
+    {
+        debug!(pin = %pin.display(), %error, "cannot detach; removing its pin does");
+    }
+    remove(pin)
 }
 
 /// Removes a pin; the link goes with it, and detaches. It need not be there.
