@@ -36,6 +36,8 @@ pub mod flags {
     /// Datagrams of flows that exist may reach the backend; all may that are in a set, and those that only serve what they
     /// have. Without it the backend is leaving, and stays for packets in flight alone.
     pub const SERVING: u32 = 1 << 4;
+    /// The backend's connections are counted, because its service chooses by them.
+    pub const COUNTED: u32 = 1 << 5;
     /// Packets may reach a backend that has one of these.
     pub const IN_USE: u32 = IN_CLUSTER_SET | IN_LOCAL_SET | SERVING;
 }

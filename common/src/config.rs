@@ -1,6 +1,7 @@
 //! `config` (array of one): what can change while the programs run, and what must survive a restart of the controller.
 
-use crate::{Ipv4Address, Ipv6Address};
+use crate::flow::{closing, state};
+use crate::{Ipv4Address, Ipv6Address, PROTOCOL_UDP};
 
 /// The one element of the config map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -80,6 +81,24 @@ impl Timeouts {
     /// The values that DESIGN gives.
     pub const DEFAULT: Self =
         Self { syn: 60, established: 86_400, closing: 120, reset: 10, udp_new: 30, udp_established: 120 };
+
+    /// How long a flow may be idle, given its protocol, [`crate::flow::Flow::state`] and [`crate::flow::Flow::closing`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(&self, protocol: u8, state: u8, closing: u8) -> u32 {
+        let established = state == state::ESTABLISHED;
+        if protocol == PROTOCOL_UDP {
+            if established { self.udp_established } else { self.udp_new }
+        } else if closing & closing::RESET != 0 {
+            self.reset
+        } else if closing != 0 {
+            self.closing
+        } else if established {
+            self.established
+        } else {
+            self.syn
+        }
+    }
 }
 
 crate::layout::layout!(Timeouts, size 24, {

@@ -95,6 +95,16 @@ pub mod closing {
     pub const BACKEND_FIN: u8 = 1 << 1;
     /// Either side sent RST.
     pub const RESET: u8 = 1 << 2;
+    /// The connection is over, and its backend's load ([`crate::load`]) is less by it.
+    pub const UNCOUNTED: u8 = 1 << 3;
+
+    /// Whether the connection is over: reset, or closed by both sides.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_over(closing: u8) -> bool {
+        const BOTH: u8 = CLIENT_FIN | BACKEND_FIN;
+        closing & RESET != 0 || closing & BOTH == BOTH
+    }
 }
 
 /// Bits of [`Flow::flags`].
@@ -108,6 +118,8 @@ pub mod flags {
     pub const HAIRPIN: u8 = 1 << 2;
     /// With [`REDIRECT`]: the backend is a pod of this node, and the client's address stays.
     pub const BYPASS: u8 = 1 << 3;
+    /// The flow counts in its backend's load, see [`crate::load`].
+    pub const COUNTED: u8 = 1 << 4;
 }
 
 impl<A: Copy> Tuple<A> {

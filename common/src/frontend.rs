@@ -55,6 +55,8 @@ pub mod algorithm {
     pub const ROUND_ROBIN: u32 = 1;
     /// By [`super::client_hash`]: the run is a Maglev table.
     pub const MAGLEV: u32 = 2;
+    /// Of two at random, the one with fewer connections for its weight: see [`crate::load`].
+    pub const LEAST_CONNECTIONS: u32 = 3;
 }
 
 /// The hash by which all nodes find the same element for a client: of its address and, but with session affinity (when

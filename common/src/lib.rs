@@ -22,6 +22,7 @@ pub mod fragment;
 pub mod frontend;
 pub mod interface;
 mod layout;
+pub mod load;
 pub mod names;
 pub mod prefix;
 pub mod service_name;

@@ -8,6 +8,7 @@ pub const MAPS: &[&str] = &[
     BACKENDS4,
     BACKENDS6,
     BACKEND_TABLE,
+    BACKEND_LOADS,
     CONNTRACK4,
     CONNTRACK6,
     HALF_OPEN4,
@@ -47,6 +48,7 @@ names! {
     BACKENDS4 = "backends4": "Backend id → [`crate::backend::Backend`], IPv4.";
     BACKENDS6 = "backends6": "The same for IPv6.";
     BACKEND_TABLE = "backend_table": "Index → backend id.";
+    BACKEND_LOADS = "backend_loads": "Backend id → [`crate::load::Load`].";
     CONNTRACK4 = "conntrack4": "[`crate::flow::FlowKey`] → [`crate::flow::Flow`], IPv4.";
     CONNTRACK6 = "conntrack6": "The same for IPv6.";
     HALF_OPEN4 = "half_open4": "TCP flows whose handshake is incomplete, IPv4.";

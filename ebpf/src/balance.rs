@@ -9,7 +9,7 @@ use sheave_common::backend::{self, Backend};
 use sheave_common::frontend::{BackendSet, Frontend, FrontendKey, algorithm, client_hash, flags};
 
 use crate::maps::{self, ANY, BACKEND_TABLE, Family, NOEXIST};
-use crate::{features, observe, versioned};
+use crate::{features, load, observe, versioned};
 
 /// How often a choice starts again when the set changed under it.
 const ATTEMPTS: u32 = 3;
@@ -132,10 +132,9 @@ fn choose_into<A: Family>(
                 return Ok(());
             }
         }
-        let index = set.first + number(&frontend, key, client, from, last) % set.length;
-        let Some(id) = BACKEND_TABLE.get(index) else { continue };
-        // SAFETY: an aligned word of an array element, which may be written at the same time; it is checked below.
-        let id = unsafe { core::ptr::from_ref(id).read_volatile() };
+        let offset = number(&frontend, key, client, from, last) % set.length;
+        let least = frontend.algorithm == algorithm::LEAST_CONNECTIONS && last == Last::NONE;
+        let id = pick::<A>(set, offset, least);
         if !candidate(id, frontend.service_id, 0, choice)? {
             continue;
         }
@@ -148,6 +147,26 @@ fn choose_into<A: Family>(
         }
     }
     Err(DropReason::BackendMissing)
+}
+
+/// An element of a set's run, or, for the least connections, the better of it and another one at random. 0 if there is none. A
+/// function of its own in the kernel too, for its stack.
+#[inline(never)]
+fn pick<A: Family>(set: BackendSet, offset: u32, least: bool) -> u32 {
+    let first = element(set, offset);
+    if !least || set.length < 2 {
+        return first;
+    }
+    // SAFETY: the helper takes no arguments.
+    let distance = 1 + unsafe { bpf_get_prandom_u32() } % (set.length - 1);
+    load::lighter::<A>(first, element(set, (offset + distance) % set.length))
+}
+
+/// An element of a set's run: a backend's id, which is to be checked, because it may be written at the same time.
+#[inline(always)]
+fn element(set: BackendSet, offset: u32) -> u32 {
+    // SAFETY: an aligned word of an array element.
+    BACKEND_TABLE.get(set.first + offset).map_or(0, |id| unsafe { core::ptr::from_ref(id).read_volatile() })
 }
 
 /// The number that decides on an element of a set's run.

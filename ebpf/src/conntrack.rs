@@ -11,12 +11,12 @@ use sheave_common::frontend::FrontendKey;
 use sheave_common::{Ipv4Address, Ipv6Address, PROTOCOL_UDP};
 
 use crate::edge::Direction;
-use crate::features;
 use crate::maps::{self, ANY, Family, NOEXIST, Table};
 use crate::packet::Packet;
 use crate::packet::transport::flags as tcp;
 use crate::scratch::scratch;
 use crate::versioned;
+use crate::{features, load};
 
 /// What changes in a flow's life.
 #[derive(Clone, Copy)]
@@ -47,26 +47,14 @@ impl Life {
     /// Whether the flow has been idle for longer than its state allows.
     #[inline(always)]
     fn expired(self, protocol: u8, now: u32, config: &Config) -> bool {
-        let timeouts = &config.timeouts;
-        let timeout = if protocol == PROTOCOL_UDP {
-            if self.state == state::ESTABLISHED { timeouts.udp_established } else { timeouts.udp_new }
-        } else if self.closing & closing::RESET != 0 {
-            timeouts.reset
-        } else if self.closing != 0 {
-            timeouts.closing
-        } else if self.state == state::ESTABLISHED {
-            timeouts.established
-        } else {
-            timeouts.syn
-        };
+        let timeout = config.timeouts.of(protocol, self.state, self.closing);
         features::elapsed(self.last_seen, now) > timeout
     }
 
     /// Whether the flow's connection is over: reset, or closed by both sides.
     #[inline(always)]
     fn closed(self) -> bool {
-        const BOTH: u8 = closing::CLIENT_FIN | closing::BACKEND_FIN;
-        self.closing & closing::RESET != 0 || self.closing & BOTH == BOTH
+        closing::is_over(self.closing)
     }
 }
 
@@ -180,6 +168,7 @@ fn change<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, key: &FlowKey<A>
         // SAFETY: as above.
         unsafe { unite(flow, other) };
     }
+    load::close(flow);
     let Some(sibling) = sibling(flow, key) else { return };
     if table == Table::HalfOpen && flow.state == state::ESTABLISHED {
         // The established map first: a packet that comes between the two steps finds one or the other.

@@ -13,7 +13,7 @@ use crate::context::Context;
 use crate::packet::Packet;
 use crate::packet::network::Network;
 use crate::scratch::scratch;
-use crate::{bypass, features, maps, observe, route};
+use crate::{bypass, features, load, maps, observe, route};
 
 /// How many source ports are tried before the connection is refused. Later tries also take ports whose last connection is
 /// closed but may be remembered by the backend.
@@ -39,12 +39,15 @@ pub fn flow<C: Context, A: Network>(
         if bypass::leads_to_pod(ctx, &flow.rewrite, packet.key.protocol) {
             forward.edge = EDGE_BYPASS;
         } else {
-            flow.flags = 0;
+            flow.flags &= flags::COUNTED;
         }
     } else if flow.flags & flags::REDIRECT != 0 {
         route::source(ctx, &mut flow.rewrite, packet.key.protocol)?;
     }
     claim_port::<A>(flow, now)?;
+    if flow.flags & flags::COUNTED != 0 {
+        load::open(flow.backend_id);
+    }
     maps::copy_words(&*flow, result.as_mut_ptr());
     Ok(())
 }
@@ -77,6 +80,7 @@ fn toward_backend<'a, A: Network>(
     } else {
         0
     };
+    let counted = if backend.flags & backend_flags::COUNTED != 0 { flags::COUNTED } else { 0 };
     let flow = result.as_mut_ptr();
     // Field by field: a value on the way would take as much again of the stack.
     // SAFETY: the place is a flow's, and every field is written before it is read.
@@ -90,7 +94,7 @@ fn toward_backend<'a, A: Network>(
         (&raw mut (*flow).backend_id).write(choice.id);
         (&raw mut (*flow).last_seen).write(now);
         (&raw mut (*flow).state).write(state::NEW);
-        (&raw mut (*flow).flags).write(flow_flags);
+        (&raw mut (*flow).flags).write(flow_flags | counted);
         (&raw mut (*flow).closing).write(0);
         (&raw mut (*flow).reserved).write(0);
         Ok(result.assume_init_mut())

@@ -2,6 +2,7 @@
 //! says. Programs never return "accept": other people's programs on the same hook still run.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 #![expect(unreachable_pub, reason = "a program has no API; `pub` marks what its modules share")]
 #![expect(missing_docs, reason = "the entry points are made by macros, which drop their documentation")]
 
@@ -15,6 +16,7 @@ mod features;
 mod forward;
 mod fragment;
 mod icmp;
+mod load;
 mod maps;
 mod observe;
 mod own;

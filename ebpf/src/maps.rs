@@ -12,6 +12,7 @@ use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::fragment::{FragmentKey, FragmentPorts};
 use sheave_common::frontend::{Frontend, FrontendKey, flags as frontend_flags};
 use sheave_common::interface::Interface;
+use sheave_common::load::Load;
 use sheave_common::prefix::SourceRange;
 use sheave_common::service_name::ServiceName;
 use sheave_common::socket::{SocketKey, SocketPeer};
@@ -51,6 +52,7 @@ maps! {
     BACKENDS4 = "backends4": HashMap<u32, Backend<Ipv4Address>, BACKENDS, NO_PREALLOC>;
     BACKENDS6 = "backends6": HashMap<u32, Backend<Ipv6Address>, BACKENDS, NO_PREALLOC>;
     BACKEND_TABLE = "backend_table": Array<u32, TABLE>;
+    BACKEND_LOADS = "backend_loads": HashMap<u32, Load, BACKENDS, NO_PREALLOC>;
     CONNTRACK4 = "conntrack4": LruHashMap<FlowKey<Ipv4Address>, Flow<Ipv4Address>, CONNTRACK>;
     CONNTRACK6 = "conntrack6": LruHashMap<FlowKey<Ipv6Address>, Flow<Ipv6Address>, CONNTRACK>;
     HALF_OPEN4 = "half_open4": LruHashMap<FlowKey<Ipv4Address>, Flow<Ipv4Address>, HALF_OPEN>;

@@ -318,6 +318,9 @@ impl Programs {
         if local {
             flags |= backend_flags::LOCAL | backend_flags::IN_LOCAL_SET;
         }
+        if self.algorithm == Algorithm::LeastConnections {
+            flags |= backend_flags::COUNTED;
+        }
         let backend = Backend {
             version: self.next_version(),
             service_id: service.id,

@@ -12,6 +12,7 @@ use core::mem::MaybeUninit;
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::programs::SockAddrContext;
+use sheave_common::backend::flags as backend_flags;
 use sheave_common::config::{Config, flags as config_flags};
 use sheave_common::frontend::{FrontendKey, flags};
 use sheave_common::socket::{SocketKey, SocketPeer};
@@ -20,7 +21,7 @@ use sheave_common::{DropReason, PROTOCOL_TCP, PROTOCOL_UDP};
 use self::address::{Called6, Form, Ipv4, Ipv6, Mapped, SocketFamily as _};
 use crate::balance::{self, Choice, From, Origin};
 use crate::maps::{self, Family as _};
-use crate::{features, observe, versioned};
+use crate::{features, load, observe, versioned};
 
 /// The program's answer: go on.
 const ALLOW: i32 = 1;
@@ -233,6 +234,9 @@ fn balance<F: Form>(call: &Call<'_, F>, request: Request) -> i32 {
         return ALLOW;
     }
     observe::connection(backend.service_id);
+    if request == Request::Connect && backend.flags & backend_flags::COUNTED != 0 {
+        load::open(choice.id);
+    }
     settle(call, &choice, request)
 }
 

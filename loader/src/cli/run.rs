@@ -50,8 +50,8 @@ pub struct RunArgs {
         default_missing_value = "true"
     )]
     external_ips: bool,
-    /// How a backend is chosen for a new connection: random, round-robin, maglev. A Service's annotation sheave.dev/algorithm
-    /// goes before it.
+    /// How a backend is chosen for a new connection: random, round-robin, maglev, least-connections. A Service's annotation
+    /// sheave.dev/algorithm goes before it.
     #[arg(long, env = "SHEAVE_ALGORITHM", value_name = "NAME", default_value = "random", value_parser = values::algorithm)]
     algorithm: Algorithm,
     /// Source address of a pod's packets to itself through a Service, IPv4.

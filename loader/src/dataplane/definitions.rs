@@ -12,6 +12,7 @@ use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::fragment::{FragmentKey, FragmentPorts};
 use sheave_common::frontend::{Frontend, FrontendKey};
 use sheave_common::interface::Interface;
+use sheave_common::load::Load;
 use sheave_common::prefix::{Prefix, SourceRange};
 use sheave_common::service_name::ServiceName;
 use sheave_common::socket::{SocketKey, SocketPeer};
@@ -134,6 +135,7 @@ pub(super) fn definitions(sizes: &MapSizes) -> Vec<Definition> {
         define::<u32, Backend<V4>>(names::BACKENDS4, hash, backends),
         define::<u32, Backend<V6>>(names::BACKENDS6, hash, backends),
         define::<u32, u32>(names::BACKEND_TABLE, array, table),
+        define::<u32, Load>(names::BACKEND_LOADS, hash, backends),
         define::<FlowKey<V4>, Flow<V4>>(names::CONNTRACK4, lru, conntrack),
         define::<FlowKey<V6>, Flow<V6>>(names::CONNTRACK6, lru, conntrack),
         define::<FlowKey<V4>, Flow<V4>>(names::HALF_OPEN4, lru, half_open),

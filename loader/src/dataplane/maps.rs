@@ -8,6 +8,7 @@ use sheave_common::config::Config;
 use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::frontend::{Frontend, FrontendKey};
 use sheave_common::interface::Interface;
+use sheave_common::load::Load;
 use sheave_common::prefix::{Prefix, SourceRange};
 use sheave_common::service_name::ServiceName;
 use sheave_common::{Address, Ipv4Address, Ipv6Address, names};
@@ -34,6 +35,7 @@ pub(super) struct Maps {
     pub(super) v4: FamilyMaps<Ipv4Address>,
     pub(super) v6: FamilyMaps<Ipv6Address>,
     pub(super) backend_table: Map<u32, u32>,
+    pub(super) backend_loads: Map<u32, Load>,
     pub(super) interfaces: Map<u32, Interface>,
     pub(super) service_names: Map<u32, ServiceName>,
 }
@@ -70,6 +72,7 @@ impl Maps {
                 service_cidrs: Map::open(directory, names::SERVICE_CIDRS6, read_only)?,
             },
             backend_table: Map::open(directory, names::BACKEND_TABLE, read_only)?,
+            backend_loads: Map::open(directory, names::BACKEND_LOADS, read_only)?,
             interfaces: Map::open(directory, names::INTERFACES, read_only)?,
             service_names: Map::open(directory, names::SERVICE_NAMES, read_only)?,
         })

@@ -9,6 +9,7 @@ mod definitions;
 mod elements;
 mod error;
 mod links;
+mod loads;
 mod map;
 mod maps;
 mod networks;
@@ -35,7 +36,7 @@ use tracing::{debug, info};
 pub use cleanup::cleanup;
 pub use error::{DataplaneError, MapError};
 pub use programs::{Features, object};
-pub use syscall::grace_period;
+pub use syscall::{grace_period, monotonic_seconds};
 pub use usage::Usage;
 pub use views::PinnedMaps;
 
@@ -45,6 +46,7 @@ use crate::model::desired::{ServicePort, ServicePortName};
 use crate::model::network::Network;
 use crate::plan::{Batch, Grace, Outcome, Planner};
 use links::Links;
+use loads::Counter;
 use maps::Maps;
 use pins::Pins;
 use programs::Programs;
@@ -61,6 +63,7 @@ pub struct Dataplane {
     planner: Planner,
     links: Links,
     sockets: Closer,
+    _loads: Counter,
     xdp: XdpMode,
     /// Service ports that a full map refused, by map, each time that it was tried.
     refused: BTreeMap<&'static str, u64>,
@@ -117,12 +120,14 @@ impl Dataplane {
             cgroup::attach(&programs, &pins.links(), &cgroup)?;
         }
         let sockets = Closer::start(pins.directory())?;
+        let loads = Counter::start(pins.directory())?;
         Ok(Self {
             programs,
             writer,
             planner,
             links,
             sockets,
+            _loads: loads,
             xdp: config.xdp,
             refused: BTreeMap::new(),
             unswept: BTreeSet::new(),

@@ -383,3 +383,12 @@ pub(super) fn netns_cookie() -> io::Result<Option<u64>> {
     let error = io::Error::last_os_error();
     if error.raw_os_error() == Some(libc::ENOPROTOOPT) { Ok(None) } else { Err(error) }
 }
+
+/// The clock that the programs read (bpf_ktime_get_ns), in seconds.
+#[must_use]
+pub fn monotonic_seconds() -> u32 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is a timespec that clock_gettime may write; CLOCK_MONOTONIC always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    u32::try_from(time.tv_sec).unwrap_or(u32::MAX)
+}

@@ -10,6 +10,7 @@ use sheave_common::counter::ServiceCounter;
 use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::frontend::{Frontend, FrontendKey};
 use sheave_common::interface::Interface;
+use sheave_common::load::Load;
 use sheave_common::service_name::ServiceName;
 use sheave_common::{DropReason, Ipv4Address, Ipv6Address, names};
 
@@ -53,6 +54,8 @@ dumps! {
     backends4 => v4.backends: (u32, Backend<Ipv4Address>);
     /// `backends6`: backend id → backend.
     backends6 => v6.backends: (u32, Backend<Ipv6Address>);
+    /// `backend_loads`: backend id → its connections, for services that choose by them.
+    backend_loads => backend_loads: (u32, Load);
     /// `conntrack4`.
     conntrack4 => v4.conntrack: (FlowKey<Ipv4Address>, Flow<Ipv4Address>);
     /// `conntrack6`.

@@ -105,11 +105,13 @@ pub enum Algorithm {
     /// By a hash of the client: all nodes choose the same one, and hardly any client moves when another backend comes or
     /// goes.
     Maglev = algorithm::MAGLEV,
+    /// Of two at random, the one with fewer connections for its weight, as far as this node knows.
+    LeastConnections = algorithm::LEAST_CONNECTIONS,
 }
 
 impl Algorithm {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Random, Self::RoundRobin, Self::Maglev];
+    pub const ALL: [Self; 4] = [Self::Random, Self::RoundRobin, Self::Maglev, Self::LeastConnections];
 
     /// Its name in flags, annotations and output.
     #[must_use]
@@ -118,6 +120,7 @@ impl Algorithm {
             Self::Random => "random",
             Self::RoundRobin => "round-robin",
             Self::Maglev => "maglev",
+            Self::LeastConnections => "least-connections",
         }
     }
 

@@ -20,7 +20,7 @@ pub fn spread(algorithm: Algorithm, backends: &[(SocketAddr, u16, u32)]) -> Vec<
             let addresses: Vec<_> = backends.iter().map(|(address, own, _)| (*address, weight(*own))).collect();
             maglev::table(&addresses)
         }
-        Algorithm::Random | Algorithm::RoundRobin => {
+        Algorithm::Random | Algorithm::RoundRobin | Algorithm::LeastConnections => {
             in_turn(&backends.iter().map(|(_, own, _)| weight(*own)).collect::<Vec<_>>())
         }
     };

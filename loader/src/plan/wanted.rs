@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use sheave_common::backend::flags::{IN_CLUSTER_SET, IN_LOCAL_SET, LOCAL, SERVING, TERMINATING};
+use sheave_common::backend::flags::{COUNTED, IN_CLUSTER_SET, IN_LOCAL_SET, LOCAL, SERVING, TERMINATING};
 use sheave_common::frontend::flags;
 
 use super::write::Backend;
@@ -64,10 +64,13 @@ impl Wanted {
     pub(super) fn backends(&self, service_id: u32) -> Vec<(SocketAddr, Backend)> {
         let families = [&self.endpoints4, &self.endpoints6];
         let number = |sets: &EndpointSets| sets.cluster.len() + sets.local.len() + sets.kept.len();
+        let counted = if self.algorithm == Algorithm::LeastConnections { COUNTED } else { 0 };
         let mut backends = Vec::with_capacity(families.into_iter().map(number).sum());
         for sets in families {
             for (set, flag) in [(&sets.cluster, IN_CLUSTER_SET), (&sets.local, IN_LOCAL_SET), (&sets.kept, 0)] {
-                backends.extend(set.iter().map(|endpoint| (socket(endpoint), backend(service_id, endpoint, flag))));
+                backends.extend(
+                    set.iter().map(|endpoint| (socket(endpoint), backend(service_id, endpoint, flag | counted))),
+                );
             }
         }
         // Stable: of an endpoint in several sets, the first says what it is like.

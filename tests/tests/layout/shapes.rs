@@ -11,6 +11,7 @@ use sheave_common::flow::{Flow, FlowKey, Tuple};
 use sheave_common::fragment::{FragmentKey, FragmentPorts};
 use sheave_common::frontend::{BackendSet, Frontend, FrontendKey};
 use sheave_common::interface::Interface;
+use sheave_common::load::Load;
 use sheave_common::prefix::{Prefix, SourceRange};
 use sheave_common::service_name::ServiceName;
 use sheave_common::socket::{SocketKey, SocketPeer};
@@ -33,6 +34,7 @@ pub(crate) fn maps() -> BTreeMap<String, (Shape, Shape)> {
         row::<u32, Backend<V4>>(names::BACKENDS4),
         row::<u32, Backend<V6>>(names::BACKENDS6),
         row::<u32, u32>(names::BACKEND_TABLE),
+        row::<u32, Load>(names::BACKEND_LOADS),
         row::<FlowKey<V4>, Flow<V4>>(names::CONNTRACK4),
         row::<FlowKey<V6>, Flow<V6>>(names::CONNTRACK6),
         row::<FlowKey<V4>, Flow<V4>>(names::HALF_OPEN4),
@@ -70,7 +72,7 @@ macro_rules! integers {
     };
 }
 
-integers!(u8, u16, u32, u64);
+integers!(u8, u16, u32, u64, i64);
 
 impl<T: Layout, const N: usize> Layout for [T; N] {
     fn shape() -> Shape {
@@ -112,6 +114,7 @@ layouts! {
     Timeouts { syn, established, closing, reset, udp_new, udp_established };
     ServiceCounter { connections, packets, bytes };
     RejectBudget { second, sent };
+    Load { connections };
     Tuple<V4> { source, destination, source_port_be, destination_port_be };
     Tuple<V6> { source, destination, source_port_be, destination_port_be };
     FlowKey<V4> { tuple, edge, protocol, reserved };

@@ -16,6 +16,8 @@ pub(super) struct BackendRow {
     state: &'static str,
     local: bool,
     weight: u16,
+    /// Connections, if the service chooses by them.
+    connections: Option<i64>,
 }
 
 pub(super) fn rows(snapshot: &Snapshot) -> Vec<BackendRow> {
@@ -34,6 +36,7 @@ pub(super) fn rows(snapshot: &Snapshot) -> Vec<BackendRow> {
             state: state(backend.flags),
             local: backend.flags & flags::LOCAL != 0,
             weight: backend.weight,
+            connections: backend.connections,
         })
         .collect()
 }
@@ -51,7 +54,7 @@ fn state(bits: u32) -> &'static str {
 
 impl Row for BackendRow {
     fn titles(&self) -> Vec<&'static str> {
-        vec!["ID", "SERVICE", "PROTOCOL", "ADDRESS", "STATE", "LOCAL", "WEIGHT"]
+        vec!["ID", "SERVICE", "PROTOCOL", "ADDRESS", "STATE", "LOCAL", "WEIGHT", "CONNECTIONS"]
     }
 
     fn cells(&self) -> Vec<String> {
@@ -67,6 +70,7 @@ impl Row for BackendRow {
             self.state.to_owned(),
             if self.local { "yes" } else { "no" }.to_owned(),
             self.weight.to_string(),
+            self.connections.map_or_else(|| "-".to_owned(), |connections| connections.to_string()),
         ]
     }
 }

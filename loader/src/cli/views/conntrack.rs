@@ -66,7 +66,7 @@ fn row(snapshot: &Snapshot, flow: &Flow) -> FlowRow {
         protocol: protocol_name(flow.protocol),
         from: if flow.flags & flags::REPLY == 0 { "client" } else { "backend" },
         state: state_name(flow),
-        expired: age_seconds > timeout(snapshot, flow),
+        expired: age_seconds > snapshot.timeouts.of(flow.protocol, flow.state, flow.closing),
         age_seconds,
         source: flow.source,
         destination: flow.destination,
@@ -85,28 +85,14 @@ fn row(snapshot: &Snapshot, flow: &Flow) -> FlowRow {
 }
 
 fn state_name(flow: &Flow) -> &'static str {
-    const BOTH: u8 = closing::CLIENT_FIN | closing::BACKEND_FIN;
     match (flow.closing, flow.state) {
         (bits, _) if bits & closing::RESET != 0 => "reset",
-        (bits, _) if bits & BOTH == BOTH => "closed",
+        (bits, _) if closing::is_over(bits) => "closed",
         (bits, _) if bits != 0 => "closing",
         (_, state::NEW) => "new",
         (_, state::ANSWERED) => "answered",
         (_, state::ESTABLISHED) => "established",
         _ => "unknown",
-    }
-}
-
-fn timeout(snapshot: &Snapshot, flow: &Flow) -> u32 {
-    let timeouts = &snapshot.timeouts;
-    let tcp = flow.protocol == sheave_common::PROTOCOL_TCP;
-    match (tcp, flow.closing, flow.state) {
-        (false, _, state::NEW) => timeouts.udp_new,
-        (false, _, _) => timeouts.udp_established,
-        (true, bits, _) if bits & closing::RESET != 0 => timeouts.reset,
-        (true, bits, _) if bits != 0 => timeouts.closing,
-        (true, _, state::ESTABLISHED) => timeouts.established,
-        (true, _, _) => timeouts.syn,
     }
 }
 

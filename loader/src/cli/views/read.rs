@@ -7,12 +7,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use super::snapshot::{Affinity, Backend, Flow, Frontend, Snapshot, Traffic};
-use crate::dataplane::{MapError, PinnedMaps};
+use crate::dataplane::{MapError, PinnedMaps, monotonic_seconds};
 use sheave_common::affinity::{Affinity as AffinityValue, AffinityKey};
-use sheave_common::backend::Backend as BackendValue;
+use sheave_common::backend::{Backend as BackendValue, flags::COUNTED};
 use sheave_common::config::Timeouts;
 use sheave_common::flow::{EDGE_UPLINK, Flow as FlowValue, FlowKey, Tuple};
 use sheave_common::frontend::{BackendSet, Frontend as FrontendValue, FrontendKey};
+use sheave_common::load::Load;
 use sheave_common::{Address, Ipv4Address, Ipv6Address};
 
 /// Why there is nothing to show.
@@ -144,10 +145,14 @@ fn resolve(
 fn backends(maps: &PinnedMaps) -> Result<BTreeMap<u32, Backend>, MapError> {
     fn plain<A: Family>((id, value): (u32, BackendValue<A>)) -> (u32, Backend) {
         let BackendValue { service_id, flags, weight, .. } = value;
-        (id, Backend { service_id, address: socket(value.address, value.port_be), flags, weight })
+        (id, Backend { service_id, address: socket(value.address, value.port_be), flags, weight, connections: None })
     }
     let mut backends: BTreeMap<u32, Backend> = maps.backends4()?.into_iter().map(plain).collect();
     backends.extend(maps.backends6()?.into_iter().map(plain));
+    let loads: BTreeMap<u32, Load> = maps.backend_loads()?.into_iter().collect();
+    for (id, backend) in backends.iter_mut().filter(|(_, backend)| backend.flags & COUNTED != 0) {
+        backend.connections = Some(loads.get(id).map_or(0, |load| load.connections));
+    }
     Ok(backends)
 }
 
@@ -232,12 +237,4 @@ fn interface_name(index: u32) -> Option<String> {
     }
     // SAFETY: on success the buffer holds a name that ends with a zero octet.
     Some(unsafe { CStr::from_ptr(buffer.as_ptr()) }.to_string_lossy().into_owned())
-}
-
-/// The clock that the programs read (bpf_ktime_get_ns), in seconds.
-fn monotonic_seconds() -> u32 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `time` is a timespec that clock_gettime may write; CLOCK_MONOTONIC always exists.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
-    u32::try_from(time.tv_sec).unwrap_or(u32::MAX)
 }

@@ -59,6 +59,8 @@ pub(super) struct Backend {
     /// Bits of [`sheave_common::backend::flags`].
     pub(super) flags: u32,
     pub(super) weight: u16,
+    /// Connections, if the service chooses by them.
+    pub(super) connections: Option<i64>,
 }
 
 /// Counters of a service port, of all CPUs together.

@@ -13,8 +13,13 @@ use super::{Row as _, affinity, backends, conntrack, json, services, table};
 use crate::model::network::Network;
 
 fn maps() -> Snapshot {
-    let backend =
-        |service_id, address: &str, flags| Backend { service_id, address: address.parse().unwrap(), flags, weight: 1 };
+    let backend = |service_id, address: &str, flags| Backend {
+        service_id,
+        address: address.parse().unwrap(),
+        flags,
+        weight: 1,
+        connections: None,
+    };
     let frontend = |address: &str, protocol, service_id, flags, affinity_seconds, cluster: &[u32], local: &[u32]| {
         let (address, cluster, local) = (address.parse().unwrap(), cluster.to_vec(), local.to_vec());
         Frontend { address, protocol, service_id, flags, affinity_seconds, algorithm: 0, cluster, local }
@@ -186,15 +191,16 @@ kube-system/dns:dns  UDP       ClusterIP  10.96.0.10:53  Cluster  -         2   
 #[test]
 fn backends_as_a_table_and_as_json() {
     let expected = "\
-ID  SERVICE              PROTOCOL  ADDRESS           STATE        LOCAL  WEIGHT
-11  default/web:http     TCP       10.244.0.4:8080   removed      no     1
-3   default/web:http     TCP       10.244.0.5:8080   ready        yes    1
-12  default/web:http     TCP       10.244.0.12:8080  ready        no     1
-50  default/web:http     TCP       [fd00:1::5]:8080  ready        no     1
-40  kube-system/dns:dns  UDP       10.244.0.2:53     terminating  yes    1
-41  kube-system/dns:dns  UDP       10.244.1.2:53     ready        no     1
+ID  SERVICE              PROTOCOL  ADDRESS           STATE        LOCAL  WEIGHT  CONNECTIONS
+11  default/web:http     TCP       10.244.0.4:8080   removed      no     1       -
+3   default/web:http     TCP       10.244.0.5:8080   ready        yes    1       4
+12  default/web:http     TCP       10.244.0.12:8080  ready        no     1       -
+50  default/web:http     TCP       [fd00:1::5]:8080  ready        no     1       -
+40  kube-system/dns:dns  UDP       10.244.0.2:53     terminating  yes    1       -
+41  kube-system/dns:dns  UDP       10.244.1.2:53     ready        no     1       -
 ";
     let mut snapshot = maps();
+    snapshot.backends.get_mut(&3).unwrap().connections = Some(4);
     assert_eq!(table::render(&backends::rows(&snapshot)), expected);
     snapshot.backends.retain(|id, _| *id == 3);
     let expected = r#"[
@@ -206,7 +212,8 @@ ID  SERVICE              PROTOCOL  ADDRESS           STATE        LOCAL  WEIGHT
     "port": 8080,
     "state": "ready",
     "local": true,
-    "weight": 1
+    "weight": 1,
+    "connections": 4
   }
 ]
 "#;

@@ -1,4 +1,4 @@
-//! The kernel's socket diagnosis (sock_diag(7)): which UDP sockets of a network namespace are connected, and closing one.
+//! The kernel's socket diagnosis (sock_diag(7)): which sockets of a network namespace are connected, and closing one.
 //!
 //! Messages follow `struct inet_diag_req_v2` and `struct inet_diag_msg` of linux/inet_diag.h.
 
@@ -17,8 +17,9 @@ use sheave_common::PROTOCOL_UDP;
 const BY_FAMILY: u16 = 20;
 /// SOCK_DESTROY
 const DESTROY: u16 = 21;
-/// A set of the one state that connected UDP sockets are in, TCP_ESTABLISHED.
-const CONNECTED: u32 = 1 << 1;
+/// A set of the states of sockets that are connected, or about to be, and not closed by their process: TCP_ESTABLISHED, which
+/// is that of connected UDP sockets, too, TCP_SYN_SENT and TCP_CLOSE_WAIT.
+const CONNECTED: u32 = 1 << 1 | 1 << 2 | 1 << 8;
 
 /// Octets of `struct inet_diag_sockid`, which identifies a socket: ports, addresses, interface and cookie.
 const ID: usize = 48;
@@ -29,22 +30,22 @@ const REPLY: usize = 4 + ID;
 
 const FAMILIES: [u8; 2] = [libc::AF_INET as u8, libc::AF_INET6 as u8];
 
-/// A connected UDP socket.
+/// A connected socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Connected {
+pub(in crate::dataplane) struct Connected {
     family: u8,
     id: [u8; ID],
 }
 
 impl Connected {
     /// Its cookie (SO_COOKIE).
-    pub(super) fn cookie(&self) -> u64 {
+    pub(in crate::dataplane) fn cookie(&self) -> u64 {
         let word = |at: usize| u64::from(u32::from_ne_bytes(self.octets(at)));
         word(40) | word(44) << 32
     }
 
     /// Whom it is connected to; an IPv4-mapped address as IPv4.
-    pub(super) fn peer(&self) -> SocketAddr {
+    pub(in crate::dataplane) fn peer(&self) -> SocketAddr {
         let address = if i32::from(self.family) == libc::AF_INET {
             IpAddr::V4(Ipv4Addr::from(self.octets::<4>(20)))
         } else {
@@ -72,6 +73,7 @@ impl NetlinkDeserializable for Connected {
 struct Request {
     kind: u16,
     family: u8,
+    protocol: u8,
     states: u32,
     id: [u8; ID],
 }
@@ -86,39 +88,40 @@ impl NetlinkSerializable for Request {
     }
 
     fn serialize(&self, buffer: &mut [u8]) {
-        buffer[..4].copy_from_slice(&[self.family, PROTOCOL_UDP, 0, 0]);
+        buffer[..4].copy_from_slice(&[self.family, self.protocol, 0, 0]);
         buffer[4..8].copy_from_slice(&self.states.to_ne_bytes());
         buffer[8..REQUEST].copy_from_slice(&self.id);
     }
 }
 
 /// A conversation with the kernel about the sockets of one network namespace.
-pub(super) struct Diagnosis {
+pub(in crate::dataplane) struct Diagnosis {
     socket: Socket,
 }
 
 impl Diagnosis {
     /// About the calling thread's network namespace.
-    pub(super) fn open() -> io::Result<Self> {
+    pub(in crate::dataplane) fn open() -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
         socket.bind_auto()?;
         Ok(Self { socket })
     }
 
-    /// Every connected UDP socket.
-    pub(super) fn connected(&self) -> io::Result<Vec<Connected>> {
+    /// Every connected socket of a protocol, TCP or UDP.
+    pub(in crate::dataplane) fn connected(&self, protocol: u8) -> io::Result<Vec<Connected>> {
         let mut sockets = Vec::new();
         for family in FAMILIES {
-            let request = Request { kind: BY_FAMILY, family, states: CONNECTED, id: [0; ID] };
+            let request = Request { kind: BY_FAMILY, family, protocol, states: CONNECTED, id: [0; ID] };
             self.exchange(request, NLM_F_DUMP, |socket| sockets.push(socket))?;
         }
         Ok(sockets)
     }
 
-    /// Closes a socket, whose process is told ECONNABORTED. Returns false if it isn't there, or if the kernel finds another
+    /// Closes a UDP socket, whose process is told ECONNABORTED. Returns false if it isn't there, or if the kernel finds another
     /// one first that has the same addresses and ports.
-    pub(super) fn close(&self, socket: &Connected) -> io::Result<bool> {
-        let request = Request { kind: DESTROY, family: socket.family, states: 0, id: socket.id };
+    pub(in crate::dataplane) fn close(&self, socket: &Connected) -> io::Result<bool> {
+        let request =
+            Request { kind: DESTROY, family: socket.family, protocol: PROTOCOL_UDP, states: 0, id: socket.id };
         match self.exchange(request, NLM_F_ACK, drop) {
             Ok(()) => Ok(true),
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
@@ -166,7 +169,7 @@ mod tests {
 
     fn find(diagnosis: &Diagnosis, own: SocketAddr) -> Option<Connected> {
         let port = own.port().to_be_bytes();
-        diagnosis.connected().expect("a dump").into_iter().find(|socket| socket.octets::<2>(0) == port)
+        diagnosis.connected(PROTOCOL_UDP).expect("a dump").into_iter().find(|socket| socket.octets::<2>(0) == port)
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! namespace: the kernel does not show others. Such sockets of pods (`--connect tcp` and `all`) stay as they are.
 
 mod balanced;
-mod diagnosis;
+pub(super) mod diagnosis;
 
 use std::io;
 use std::path::Path;
@@ -117,7 +117,7 @@ fn is_lasting(error: &io::Error) -> bool {
 
 /// Closes what has to be closed, and returns how many that were.
 fn close_stale(diagnosis: &Diagnosis, balanced: &mut Balanced) -> Result<usize, Failure> {
-    let connected = diagnosis.connected().map_err(Failure::Diagnosis)?;
+    let connected = diagnosis.connected(PROTOCOL_UDP).map_err(Failure::Diagnosis)?;
     let sockets: Vec<_> = connected.iter().map(|socket| (socket.cookie(), socket.peer())).collect();
     balanced.learn(&sockets).map_err(Failure::Map)?;
     let mut closed = 0;

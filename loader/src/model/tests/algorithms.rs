@@ -15,6 +15,7 @@ fn annotated(annotation: &str) -> Algorithm {
 fn a_service_may_say_how_its_backends_are_chosen() {
     assert_eq!(annotated("maglev"), Algorithm::Maglev);
     assert_eq!(annotated("round-robin"), Algorithm::RoundRobin);
+    assert_eq!(annotated("least-connections"), Algorithm::LeastConnections);
     assert_eq!(annotated("random"), Algorithm::Random);
     assert_eq!(annotated("best"), Algorithm::Random, "unknown: the cluster's default");
 }
