@@ -17,6 +17,7 @@ pub mod counter;
 pub mod crc32c;
 pub mod drop_reason;
 pub mod features;
+pub mod filter;
 pub mod flow;
 pub mod fragment;
 pub mod frontend;
@@ -33,7 +34,7 @@ pub use drop_reason::DropReason;
 
 /// Version of all the map layouts in this crate together. It is stored in [`config::Config::layout_version`] of the
 /// pinned config map; a loader refuses pins of another version.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// IP protocol number of ICMP (RFC 792).
 pub const PROTOCOL_ICMP: u8 = 1;

@@ -30,10 +30,12 @@ pub const MAPS: &[&str] = &[
     SERVICE_COUNTERS,
     DROP_COUNTERS,
     REJECT_BUDGET,
+    DESTINATIONS,
+    SOURCES,
 ];
 
-/// Maps that are not pinned: memory of one program run.
-pub const PRIVATE: &[&str] = &["scratch4", "scratch6"];
+/// Maps that are not pinned: memory of the programs alone.
+pub const PRIVATE: &[&str] = &["routes4", "routes6", "scratch4", "scratch6"];
 
 macro_rules! names {
     ($($constant:ident = $name:literal : $meaning:literal;)+) => {
@@ -70,4 +72,6 @@ names! {
     SERVICE_COUNTERS = "service_counters": "Service id → [`crate::counter::ServiceCounter`] per CPU.";
     DROP_COUNTERS = "drop_counters": "Drop reason → packets per CPU (u64).";
     REJECT_BUDGET = "reject_budget": "0 → [`crate::counter::RejectBudget`] per CPU.";
+    DESTINATIONS = "destinations": "[`crate::filter::element`] → 1.";
+    SOURCES = "sources": "[`crate::filter::element`] → second.";
 }

@@ -6,7 +6,7 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::helpers::generated::{bpf_redirect_peer, bpf_skb_change_type};
-use sheave_common::flow::{EDGE_BYPASS, Flow, Tuple};
+use sheave_common::flow::{EDGE_BYPASS, Flow, FlowKey, flags};
 use sheave_common::interface::flags as interface_flags;
 
 use crate::context::Context;
@@ -20,11 +20,16 @@ use crate::{conntrack, features};
 /// The kernel's PACKET_HOST (linux/if_packet.h)
 const PACKET_HOST: u32 = 0;
 
-/// Whether packets that are rewritten like this leave by a pod's veth. A backend that is a process of this host has none, and
-/// bridged pods are behind a bridge. A function of its own in the kernel too, for its stack.
+/// Gives a new flow that may bypass netfilter its edge, or takes the bypass from it where its packets don't leave by a pod's
+/// veth: a backend that is a process of this host has none, and bridged pods are behind a bridge. A function of its own in the
+/// kernel too, for its stack.
 #[inline(never)]
-pub fn leads_to_pod<C: Context, A: Network>(ctx: &C, rewrite: &Tuple<A>, protocol: u8) -> bool {
-    route::find(ctx, rewrite, protocol, 0).is_ok_and(|route| is_pod(route.ifindex))
+pub fn settle<C: Context, A: Network>(ctx: &C, forward: &mut FlowKey<A>, flow: &mut Flow<A>) {
+    if route::find(ctx, &flow.rewrite, forward.protocol, 0).is_ok_and(|route| is_pod(route.ifindex)) {
+        forward.edge = EDGE_BYPASS;
+    } else {
+        flow.flags &= flags::COUNTED;
+    }
 }
 
 /// As [`conntrack::find`] at a hook where packets enter, for the flows that bypass netfilter.
@@ -43,11 +48,11 @@ pub fn find<A: Network>(packet: &mut Packet<A>, now: u32, result: &mut MaybeUnin
 /// Puts a rewritten packet into the network namespace of the pod that its route leads to; `None` if that is not a pod's veth,
 /// its neighbour is unknown yet, or the packet has no link-layer header. What the kernel does then is a verdict.
 #[inline(always)]
-pub fn send<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, route: &Route<A>) -> Option<i32> {
+pub fn send<C: Context, A: Network>(ctx: &C, route: &Route<A>) -> Option<i32> {
     if C::XDP
         || !features::has(features::BYPASSED)
         || !route.resolved
-        || packet.network::<C>() != ethernet::LENGTH
+        || C::NETWORK != ethernet::LENGTH
         || !is_pod(route.ifindex)
     {
         return None;

@@ -16,7 +16,7 @@ use crate::packet::Packet;
 use crate::packet::transport::flags as tcp;
 use crate::scratch::scratch;
 use crate::versioned;
-use crate::{features, load};
+use crate::{features, filter, load};
 
 /// What changes in a flow's life.
 #[derive(Clone, Copy)]
@@ -75,19 +75,53 @@ unsafe fn turns_back<A: Family>(element: *const Flow<A>, tuple: &Tuple<A>) -> bo
 /// a SYN's flow that is closing; and flows whose packets travel the other way, which a sender on the wrong side must not
 /// change.
 ///
-/// `result` is filled if it is a hit. It is a copy: the element may be evicted and reused at any time. A function of its own
-/// in the kernel too: what it needs of the stack is free again when the packet is translated.
-#[inline(never)]
+/// `result` is filled if it is a hit. It is a copy: the element may be evicted and reused at any time.
+#[inline(always)]
 pub fn find<A: Family>(packet: &Packet<A>, direction: Direction, now: u32, result: &mut MaybeUninit<Flow<A>>) -> bool {
+    let established = A::flow(Table::Established, &packet.key);
+    if let Some(element) = established {
+        // SAFETY: a map value stays readable while the program runs.
+        let flow = result.write(unsafe { maps::copy(element) });
+        if !direction.applies(flow.flags) {
+            return false;
+        }
+        if is_steady(flow, packet, now) {
+            return true;
+        }
+    }
+    find_changing(packet, direction, now, established.unwrap_or(core::ptr::null_mut()), result)
+}
+
+/// Whether a flow counts and stays as it is, as far as can be told at a glance: it was seen in this second, and the packet
+/// neither opens nor closes anything. So are most packets.
+#[inline(always)]
+fn is_steady<A: Family>(flow: &Flow<A>, packet: &Packet<A>, now: u32) -> bool {
+    flow.last_seen == now
+        && flow.state == state::ESTABLISHED
+        && flow.closing == 0
+        && packet.tcp_flags & (tcp::SYN | tcp::FIN | tcp::RST) == 0
+        && (packet.key.protocol != PROTOCOL_UDP || flow.flags & flags::REPLY != 0)
+}
+
+/// [`find`], whatever the flow's state; `established` is its element in that map, or null. A function of its own in the kernel too:
+/// what it needs of the stack is free again when the packet is translated.
+#[inline(never)]
+fn find_changing<A: Family>(
+    packet: &Packet<A>,
+    direction: Direction,
+    now: u32,
+    established: *mut Flow<A>,
+    result: &mut MaybeUninit<Flow<A>>,
+) -> bool {
     let Some(config) = maps::config() else { return false };
-    let key = &packet.key;
-    let (element, table) = match A::flow(Table::Established, key) {
-        Some(element) => (element, Table::Established),
-        None if key.protocol != PROTOCOL_UDP => match A::flow(Table::HalfOpen, key) {
-            Some(element) => (element, Table::HalfOpen),
-            None => return false,
-        },
-        None => return false,
+    let (element, table) = if !established.is_null() {
+        (established, Table::Established)
+    } else if packet.key.protocol == PROTOCOL_UDP {
+        return false;
+    } else if let Some(element) = A::flow(Table::HalfOpen, &packet.key) {
+        (element, Table::HalfOpen)
+    } else {
+        return false;
     };
     // SAFETY: a map value stays readable while the program runs.
     let flow = result.write(unsafe { maps::copy(element) });
@@ -157,6 +191,7 @@ fn keep<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, packet: &Packet<A>
 /// `state` only rises and bits of `closing` are only set, and here both halves come to know what one of them does.
 #[inline(never)]
 fn change<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, key: &FlowKey<A>, table: Table) {
+    filter::admit(key, flow, flow.last_seen);
     let Some(sibling_key) = sibling_key(flow, key) else { return };
     let mirror = A::flow(table, sibling_key);
     // Only a true mirror is touched: after a port was reused the other half may belong to another flow.
@@ -309,6 +344,7 @@ fn insert<A: Family>(forward: &FlowKey<A>, flow: &Flow<A>) -> bool {
     let (Some(sibling_key), Some(sibling)) = (sibling_key(flow, forward), sibling(flow, forward)) else {
         return false;
     };
+    filter::admit(forward, flow, flow.last_seen);
     if A::insert_flow(table, sibling_key, sibling, NOEXIST).is_err() {
         return false;
     }

@@ -5,7 +5,7 @@ use core::mem::MaybeUninit;
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use sheave_common::DropReason;
 use sheave_common::backend::flags as backend_flags;
-use sheave_common::flow::{EDGE_BYPASS, Flow, flags, state};
+use sheave_common::flow::{Flow, flags, state};
 use sheave_common::frontend::FrontendKey;
 
 use crate::balance::{self, From, Origin};
@@ -36,13 +36,9 @@ pub fn flow<C: Context, A: Network>(
     maps::copy_words(&packet.key, forward);
     let flow = toward_backend(packet, origin, now, new_flow)?;
     if flow.flags & flags::BYPASS != 0 {
-        if bypass::leads_to_pod(ctx, &flow.rewrite, packet.key.protocol) {
-            forward.edge = EDGE_BYPASS;
-        } else {
-            flow.flags &= flags::COUNTED;
-        }
+        bypass::settle(ctx, forward, flow);
     } else if flow.flags & flags::REDIRECT != 0 {
-        route::source(ctx, &mut flow.rewrite, packet.key.protocol)?;
+        route::source(ctx, &mut flow.rewrite, forward.protocol)?;
     }
     claim_port::<A>(flow, now)?;
     if flow.flags & flags::COUNTED != 0 {

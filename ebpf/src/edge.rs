@@ -14,7 +14,7 @@ use crate::packet::network::Network;
 use crate::packet::transport::flags as tcp;
 use crate::packet::{Kind, Packet, Part};
 use crate::verdict::{FLOW, Verdict};
-use crate::{bypass, conntrack, create, features, forward, fragment, icmp, observe, own, reject};
+use crate::{bypass, conntrack, create, features, filter, forward, fragment, icmp, observe, own, reject};
 
 /// Which way packets of a hook travel.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -38,9 +38,9 @@ impl Direction {
 /// A packet that enters from a pod, or from an uplink or tunnel. A function of its own in the kernel too, as a verdict's bits:
 /// a program has one for each family, and only one of them needs stack.
 #[inline(never)]
-pub fn ingress<C: Context, A: Network>(ctx: &C, network: u32, origin: Origin) -> u64 {
+pub fn ingress<C: Context, A: Network>(ctx: &C, origin: Origin) -> u64 {
     let verdict = A::with_room(|packet, flow| {
-        let kind = A::parse(ctx, network, edge(ctx, origin), packet);
+        let kind = A::parse(ctx, edge(ctx, origin), packet);
         if kind == Kind::NotOurs {
             return Verdict::Pass;
         }
@@ -70,6 +70,10 @@ fn enter<C: Context, A: Network>(
     if C::XDP && (kind != Kind::Transport || packet.part != Part::Whole) {
         return Verdict::Pass;
     }
+    let destination = &packet.key.tuple.destination;
+    if kind == Kind::Transport && !filter::may_enter(destination) && !unallocated(*destination) {
+        return Verdict::Pass;
+    }
     let now = features::now();
     match kind {
         Kind::Transport => {}
@@ -93,9 +97,9 @@ fn enter<C: Context, A: Network>(
 /// A packet that leaves to a pod, or by an uplink or tunnel. Frontends are never looked at, flows never made. A function of
 /// its own in the kernel too, as [`ingress`] is.
 #[inline(never)]
-pub fn egress<C: Context, A: Network>(ctx: &C, network: u32, origin: Origin) -> u64 {
+pub fn egress<C: Context, A: Network>(ctx: &C, origin: Origin) -> u64 {
     let verdict = A::with_room(|packet, flow| {
-        let kind = A::parse(ctx, network, edge(ctx, origin), packet);
+        let kind = A::parse(ctx, edge(ctx, origin), packet);
         if kind == Kind::NotOurs {
             return Verdict::Pass;
         }
@@ -117,6 +121,7 @@ fn leave<C: Context, A: Network>(
 ) -> Verdict {
     let now = features::now();
     match kind {
+        Kind::Transport if !filter::may_leave(&packet.key.tuple.source, now) => return Verdict::Pass,
         Kind::Transport => {}
         Kind::Later if fragment::recall(packet, Direction::Egress, now) => {}
         Kind::IcmpError => return icmp::error(ctx, packet, Direction::Egress, flow).unwrap_or(Verdict::Pass),
@@ -151,7 +156,7 @@ fn apply<C: Context, A: Network>(
         return Verdict::Drop(DropReason::RewriteFailed);
     }
     observe::packet(flow.service_id, packet.length);
-    if flow.flags & flags::HAIRPIN != 0 { forward::back(ctx, packet) } else { Verdict::Pass }
+    if flow.flags & flags::HAIRPIN != 0 { forward::back(ctx) } else { Verdict::Pass }
 }
 
 /// What a packet that no flow knows comes to, as a verdict's bits or [`FLOW`]: a new connection if it goes to a frontend,

@@ -1,5 +1,6 @@
 //! What the running kernel can do, as a constant that the loader sets before loading; and the clock, which depends on it.
 
+use aya_ebpf::helpers::generated::bpf_jiffies64;
 pub use sheave_common::features::*;
 
 #[unsafe(no_mangle)]
@@ -12,9 +13,30 @@ pub fn has(feature: u32) -> bool {
     unsafe { core::ptr::read_volatile(&raw const FEATURES) & feature != 0 }
 }
 
-/// Seconds of CLOCK_MONOTONIC.
+/// The last tick at which the clock was read, in the upper half, and the second that it showed. One word, so that no CPU sees
+/// the one without the other.
+static mut SECOND_OF_TICK: u64 = 0;
+
+/// Seconds of CLOCK_MONOTONIC. It is read once a tick, which is how often the coarse clock moves: counting ticks is one load in
+/// compiled programs, reading the clock a call and a division.
 #[inline(always)]
 pub fn now() -> u32 {
+    // SAFETY: the helper takes no arguments.
+    let tick = unsafe { bpf_jiffies64() } << 32;
+    // SAFETY: an aligned word, which CPUs read and write whole. (LLVM 22 selects no atomic loads for BPF.)
+    let known = unsafe { (&raw const SECOND_OF_TICK).read_volatile() };
+    if known >> 32 << 32 == tick {
+        return known as u32;
+    }
+    let second = read_clock();
+    // SAFETY: as above.
+    unsafe { (&raw mut SECOND_OF_TICK).write_volatile(tick | u64::from(second)) };
+    second
+}
+
+/// Reads the clock; seconds.
+#[inline(always)]
+fn read_clock() -> u32 {
     // SAFETY: the helpers take no arguments.
     let nanoseconds = unsafe {
         if has(COARSE_CLOCK) {

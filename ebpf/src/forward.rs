@@ -36,7 +36,7 @@ fn translate_and_send<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, flow:
         Ok(route) => route,
         Err(verdict) => return verdict,
     };
-    if C::XDP && !xdp_can_send(ctx, &route) {
+    if C::XDP && !xdp_can_send(ctx, route) {
         return Verdict::Pass;
     }
     if A::rewrite(ctx, packet, &flow.rewrite, true).is_none() {
@@ -44,12 +44,16 @@ fn translate_and_send<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, flow:
     }
     // What is answered instead has returned above: it is counted as that, not as traffic of the service.
     observe::packet(flow.service_id, packet.length);
-    send(ctx, packet, &route)
+    send(ctx, route)
 }
 
 /// The route of a packet after its rewrite; TTL and MTU are checked, and answered where they don't allow it.
 #[inline(always)]
-fn checked_route<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, rewrite: &Tuple<A>) -> Result<Route<A>, Verdict> {
+fn checked_route<C: Context, A: Network>(
+    ctx: &C,
+    packet: &Packet<A>,
+    rewrite: &Tuple<A>,
+) -> Result<&'static Route<A>, Verdict> {
     if packet.ttl <= 1 {
         return Err(match packet.part {
             _ if C::XDP => Verdict::Pass,
@@ -86,12 +90,12 @@ fn segment_length<C: Context, A: Network>(ctx: &C, packet: &Packet<A>) -> u32 {
         Some(tcp) if packet.key.protocol == sheave_common::PROTOCOL_TCP => u32::from(tcp.data_offset >> 4) * 4,
         _ => crate::packet::transport::UDP_LENGTH,
     };
-    packet.transport::<C>() - packet.network::<C>() + transport + payload
+    packet.transport::<C>() - C::NETWORK + transport + payload
 }
 
 /// Sends a rewritten packet.
 #[inline(always)]
-pub fn send<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, route: &Route<A>) -> Verdict {
+pub fn send<C: Context, A: Network>(ctx: &C, route: &Route<A>) -> Verdict {
     if C::XDP {
         let header = ethernet::Header {
             destination: route.destination_mac,
@@ -107,7 +111,7 @@ pub fn send<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, route: &Route<A
         // SAFETY: the helper takes scalars only.
         return Verdict::Action(unsafe { bpf_redirect(route.ifindex, 0) } as i32);
     }
-    if let Some(action) = bypass::send(ctx, packet, route) {
+    if let Some(action) = bypass::send(ctx, route) {
         return Verdict::Action(action);
     }
     let mut next_hop = route.next_hop.neighbour();
@@ -136,8 +140,8 @@ fn xdp_can_send<C: Context, A: Network>(ctx: &C, route: &Route<A>) -> bool {
 
 /// Swaps the MAC addresses and sends the packet out of the interface that it came in by.
 #[inline(always)]
-pub fn back<C: Context, A: Network>(ctx: &C, packet: &Packet<A>) -> Verdict {
-    if packet.network::<C>() != ethernet::LENGTH {
+pub fn back<C: Context>(ctx: &C) -> Verdict {
+    if C::NETWORK != ethernet::LENGTH {
         return Verdict::Drop(DropReason::HairpinUnsupported);
     }
     let Some(header) = ctx.load::<ethernet::Header>(0) else { return Verdict::Drop(DropReason::RewriteFailed) };

@@ -100,11 +100,11 @@ fn translate_error<C: Context, A: Network>(
     Some(if redirected {
         // Errors are short: one that exceeds an MTU is lost.
         match route::find(ctx, outer, packet.key.protocol, packet.length) {
-            Ok(route) => forward::send(ctx, packet, &route),
+            Ok(route) => forward::send(ctx, route),
             Err(_) => Verdict::Drop(DropReason::NoRoute),
         }
     } else if flow.flags & flags::HAIRPIN != 0 {
-        forward::back(ctx, packet)
+        forward::back(ctx)
     } else {
         Verdict::Pass
     })
@@ -160,7 +160,7 @@ fn quoted<C: Context, A: Network>(
     let offset = quote.transport + transport::checksum_offset(quote.protocol);
     // Behind the message there may be a frame's padding.
     if quote.protocol != PROTOCOL_SCTP
-        && offset + 2 <= packet.network::<C>() + packet.length
+        && offset + 2 <= C::NETWORK + packet.length
         && let Some(before) = ctx.load::<u16>(offset)
     {
         let after = if quote.protocol == PROTOCOL_UDP {

@@ -13,6 +13,7 @@ mod context;
 mod create;
 mod edge;
 mod features;
+mod filter;
 mod forward;
 mod fragment;
 mod icmp;
@@ -34,6 +35,7 @@ use aya_ebpf::programs::{SockAddrContext, TcContext, XdpContext};
 use sheave_common::{Ipv4Address, Ipv6Address};
 
 use crate::balance::Origin;
+use crate::context::Skb;
 use crate::packet::ethernet;
 use crate::verdict::Verdict;
 
@@ -54,8 +56,8 @@ macro_rules! tc {
                 let verdict = match protocol {
                     // A VLAN's packets meet the programs of the VLAN's own device.
                     _ if tagged != 0 => return aya_ebpf::bindings::TC_ACT_UNSPEC,
-                    PROTOCOL_IPV4 => edge::$function::<_, Ipv4Address>(&ctx, $network, $origin),
-                    PROTOCOL_IPV6 => edge::$function::<_, Ipv6Address>(&ctx, $network, $origin),
+                    PROTOCOL_IPV4 => edge::$function::<_, Ipv4Address>(&Skb::<{ $network }>(ctx), $origin),
+                    PROTOCOL_IPV6 => edge::$function::<_, Ipv6Address>(&Skb::<{ $network }>(ctx), $origin),
                     _ => return aya_ebpf::bindings::TC_ACT_UNSPEC,
                 };
                 Verdict::from_bits(verdict).tc_action()
@@ -79,8 +81,8 @@ pub fn uplink_xdp(ctx: XdpContext) -> u32 {
         return aya_ebpf::bindings::xdp_action::XDP_PASS;
     };
     let verdict = match header.ether_type_be {
-        ethernet::TYPE_IPV4_BE => edge::ingress::<_, Ipv4Address>(&ctx, ethernet::LENGTH, Origin::Outside),
-        ethernet::TYPE_IPV6_BE => edge::ingress::<_, Ipv6Address>(&ctx, ethernet::LENGTH, Origin::Outside),
+        ethernet::TYPE_IPV4_BE => edge::ingress::<_, Ipv4Address>(&ctx, Origin::Outside),
+        ethernet::TYPE_IPV6_BE => edge::ingress::<_, Ipv6Address>(&ctx, Origin::Outside),
         _ => return aya_ebpf::bindings::xdp_action::XDP_PASS,
     };
     Verdict::from_bits(verdict).xdp_action()

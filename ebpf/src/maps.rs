@@ -16,9 +16,9 @@ use sheave_common::load::Load;
 use sheave_common::prefix::SourceRange;
 use sheave_common::service_name::ServiceName;
 use sheave_common::socket::{SocketKey, SocketPeer};
-use sheave_common::{Address, Ipv4Address, Ipv6Address};
+use sheave_common::{Address, Ipv4Address, Ipv6Address, filter};
 
-use crate::scratch;
+use crate::{route, scratch};
 
 /// BPF_F_NO_PREALLOC: memory as entries come; for maps that only the controller writes.
 const NO_PREALLOC: usize = 1;
@@ -75,6 +75,10 @@ maps! {
     DROP_COUNTERS = "drop_counters": PerCpuArray<u64, DROP_COUNTER_COUNT>;
     SCRATCH4 = "scratch4": PerCpuArray<[u64; scratch::WORDS], 1>;
     SCRATCH6 = "scratch6": PerCpuArray<[u64; scratch::WORDS], 1>;
+    ROUTES4 = "routes4": PerCpuArray<[u64; route::WORDS], { route::ROUTES }>;
+    ROUTES6 = "routes6": PerCpuArray<[u64; route::WORDS], { route::ROUTES }>;
+    DESTINATIONS = "destinations": Array<u32, { filter::ELEMENTS as usize }>;
+    SOURCES = "sources": Array<u32, { filter::ELEMENTS as usize }>;
     REJECT_BUDGET = "reject_budget": PerCpuArray<RejectBudget, 1>;
 }
 
@@ -121,6 +125,8 @@ pub trait Family: Address {
     fn insert_fragment(key: &FragmentKey<Self>, ports: &FragmentPorts) -> Result<(), i32>;
     /// This CPU's [`crate::scratch::Scratch`].
     fn scratch() -> Option<*mut [u64; scratch::WORDS]>;
+    /// A place of this CPU for a [`crate::route::Route`].
+    fn route(place: u32) -> Option<*mut [u64; route::WORDS]>;
     /// The source of hairpin packets.
     fn hairpin(config: &Config) -> Self;
     /// This node's own address: the affinity key of its processes.
@@ -137,7 +143,7 @@ pub const NOEXIST: u64 = 1;
 macro_rules! family {
     ($address:ty, $frontends:ident, $backends:ident, $conntrack:ident, $half_open:ident, $affinity:ident,
      $sock_forward:ident, $sock_reverse:ident, $source_ranges:ident, $service_cidrs:ident, $fragments:ident,
-     $scratch:ident,      $hairpin:ident, $node:ident, $source:ident) => {
+     $scratch:ident, $routes:ident, $hairpin:ident, $node:ident, $source:ident) => {
         impl Family for $address {
             #[inline(always)]
             fn frontend(key: &FrontendKey<Self>) -> Option<*const Frontend> {
@@ -233,6 +239,11 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn route(place: u32) -> Option<*mut [u64; route::WORDS]> {
+                $routes.get_ptr_mut(place)
+            }
+
+            #[inline(always)]
             fn hairpin(config: &Config) -> Self {
                 config.$hairpin
             }
@@ -263,6 +274,7 @@ family!(
     SERVICE_CIDRS4,
     FRAGMENTS4,
     SCRATCH4,
+    ROUTES4,
     hairpin4,
     node4,
     source4
@@ -280,6 +292,7 @@ family!(
     SERVICE_CIDRS6,
     FRAGMENTS6,
     SCRATCH6,
+    ROUTES6,
     hairpin6,
     node6,
     source6
@@ -318,6 +331,15 @@ pub unsafe fn copy<V: Copy>(element: *const V) -> V {
     }
     // SAFETY: every word was written.
     unsafe { value.assume_init() }
+}
+
+/// Compares two values word by word: a comparison of octets would be a call.
+#[inline(always)]
+pub fn same_words<V: Copy>(left: &V, right: &V) -> bool {
+    const { assert!(size_of::<V>() % 4 == 0 && align_of::<V>() % 4 == 0) };
+    let (left, right) = (core::ptr::from_ref(left).cast::<u32>(), core::ptr::from_ref(right).cast::<u32>());
+    // SAFETY: both values hold this word.
+    (0..size_of::<V>() / 4).all(|word| unsafe { left.add(word).read() == right.add(word).read() })
 }
 
 /// Copies a value word by word, without a value on the way, which would take as much again of the stack.

@@ -4,6 +4,8 @@
 //! The answer is built on the stack, written over the packet, and sent out of the interface that the packet came in by.
 //! Its source is the packet's own destination: the service's address, as the client knows it.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_redirect, bpf_skb_change_tail};
 use sheave_common::checksum::{difference, fold};
 use sheave_common::config::Config;
@@ -87,16 +89,20 @@ fn send_error<C: Context, A: Network>(
         return Err(DropReason::RejectLimited);
     }
     let message = (size_of::<IcmpError<A>>() - size_of::<A::Header>()) as u16;
-    let mut answer = IcmpError::<A> {
-        header: A::answer_header(packet, A::ICMP, message),
-        kind: kind.to_be_bytes(),
-        checksum: 0,
-        mtu_be: mtu.to_be(),
-        quoted: A::NO_QUOTE,
+    let mut answer = MaybeUninit::<IcmpError<A>>::uninit();
+    let place = answer.as_mut_ptr();
+    // Field by field: zeroes in the quote's place would be a call of memset, with a frame of its own.
+    // SAFETY: the place is an error's, and its quote is overwritten as a whole before it is read.
+    let answer = unsafe {
+        (&raw mut (*place).header).write(A::answer_header(packet, A::ICMP, message));
+        (&raw mut (*place).kind).write(kind.to_be_bytes());
+        (&raw mut (*place).checksum).write(0);
+        (&raw mut (*place).mtu_be).write(mtu.to_be());
+        ctx.load_into(C::NETWORK, &mut (*place).quoted).ok_or(reason)?;
+        answer.assume_init_mut()
     };
-    ctx.load_into(packet.network::<C>(), &mut answer.quoted).ok_or(reason)?;
     let pseudo = if A::ICMP_PSEUDO { pseudo_header(packet, A::ICMP, message) } else { 0 };
-    answer.checksum = !fold(pseudo + sum(&raw const answer, size_of::<A::Header>(), usize::from(message)));
+    answer.checksum = !fold(pseudo + sum(&raw const *answer, size_of::<A::Header>(), usize::from(message)));
     // What the kernel finishes at a UDP checksum's place, in the unused field, is the complement of the whole message's sum. With
     // the pseudo-header's sum there before, it comes out as all ones, and the message's checksum is right again.
     if A::ICMP_PSEUDO
@@ -106,7 +112,7 @@ fn send_error<C: Context, A: Network>(
     {
         answer.mtu_be = u32::from_ne_bytes(unused(fold(pseudo)));
     }
-    replace(ctx, packet, &answer, reason)
+    replace(ctx, answer, reason)
 }
 
 /// An error's unused field with this at the place of a UDP checksum.
@@ -138,7 +144,7 @@ fn send_reset<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, reason: DropR
     let (sequence_be, acknowledgment_be, flags) = if segment.flags & tcp::ACK != 0 {
         (segment.acknowledgment_be, 0, tcp::RST)
     } else {
-        let header = packet.transport::<C>() - packet.network::<C>() + u32::from(segment.data_offset >> 4) * 4;
+        let header = packet.transport::<C>() - C::NETWORK + u32::from(segment.data_offset >> 4) * 4;
         let phantom = u32::from(segment.flags & tcp::SYN != 0) + u32::from(segment.flags & tcp::FIN != 0);
         let length = packet.length.wrapping_sub(header).wrapping_add(phantom);
         (0, u32::from_be(segment.sequence_be).wrapping_add(length).to_be(), tcp::RST | tcp::ACK)
@@ -165,7 +171,7 @@ fn send_reset<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, reason: DropR
     } else {
         !fold(pseudo + sum(&raw const answer, size_of::<A::Header>(), size_of::<Tcp>()))
     };
-    replace(ctx, packet, &answer, reason)
+    replace(ctx, &answer, reason)
 }
 
 /// One's-complement sum of the pseudo-header of an answer, which has the packet's addresses, only the other way round.
@@ -200,15 +206,15 @@ fn send_echo<C: Context, A: Network>(ctx: &C, packet: &Packet<A>) -> Option<()> 
     let changed = difference(u32::from(u16::from_ne_bytes(old)), u32::from(u16::from_ne_bytes(new)));
     ctx.adjust_checksum(message + ICMP_CHECKSUM, changed, false, false)?;
     ctx.store(message, &new)?;
-    let header = A::answer_header(packet, A::ICMP, (packet.length - (message - packet.network::<C>())) as u16);
+    let header = A::answer_header(packet, A::ICMP, (packet.length - (message - C::NETWORK)) as u16);
     // With options the header stays as it was, but for the addresses.
-    if message - packet.network::<C>() == A::LENGTH {
+    if message - C::NETWORK == A::LENGTH {
         // IPv6's has no checksum that would make up for the hop limit.
-        ctx.store_uncompensated(packet.network::<C>(), &header)?;
+        ctx.store_uncompensated(C::NETWORK, &header)?;
     } else {
         A::rewrite_header(ctx, packet, &packet.key.tuple.reversed(), false, 0)?;
     }
-    turn_frame(ctx, packet)
+    Some(())
 }
 
 /// Whether the sender left the checksum at this offset to the device (CHECKSUM_PARTIAL), which the kernel remembers even
@@ -230,39 +236,36 @@ fn sum<T>(value: *const T, offset: usize, length: usize) -> u64 {
     u64::from(sum as u32)
 }
 
-/// Replaces the packet by the answer, addressed to where it came from.
+/// Replaces the packet by the answer.
 #[inline(always)]
-fn replace<C: Context, A: Network, T>(
-    ctx: &C,
-    packet: &Packet<A>,
-    answer: &T,
-    reason: DropReason,
-) -> Result<(), DropReason> {
-    let length = packet.network::<C>() + size_of::<T>() as u32;
+fn replace<C: Context, T>(ctx: &C, answer: &T, reason: DropReason) -> Result<(), DropReason> {
+    let length = C::NETWORK + size_of::<T>() as u32;
     // SAFETY: only tc packets get here (XDP passes them up), so the context is a socket buffer's.
     let resized = unsafe { bpf_skb_change_tail(ctx.as_ptr().cast(), length, 0) };
     if resized != 0 {
         return Err(reason);
     }
-    ctx.store(packet.network::<C>(), answer).ok_or(reason)?;
-    turn_frame(ctx, packet).ok_or(reason)?;
+    ctx.store(C::NETWORK, answer).ok_or(reason)?;
     observe::count(reason);
     Ok(())
 }
 
-/// Swaps the frame's MAC addresses, if it has any.
-#[inline(always)]
-fn turn_frame<C: Context, A: Network>(ctx: &C, packet: &Packet<A>) -> Option<()> {
-    if packet.network::<C>() != ethernet::LENGTH {
+/// Swaps the frame's MAC addresses, if it has any. A function of its own in the kernel too, for its callers' stack.
+#[inline(never)]
+fn turn_frame<C: Context>(ctx: &C) -> Option<()> {
+    if C::NETWORK != ethernet::LENGTH {
         return Some(());
     }
     let frame = ctx.load::<ethernet::Header>(0)?;
     ctx.store(0, &[frame.source, frame.destination])
 }
 
-/// Sends the answer out of the interface that the packet came in by.
+/// Sends the answer to where the packet came from, out of the interface that it came in by.
 #[inline(always)]
 fn back_out<C: Context>(ctx: &C) -> Verdict {
+    if turn_frame(ctx).is_none() {
+        return Verdict::Drop(DropReason::RewriteFailed);
+    }
     // SAFETY: the helper takes scalars only.
     Verdict::Action(unsafe { bpf_redirect(ctx.ifindex(), 0) } as i32)
 }

@@ -1,6 +1,6 @@
-//! Where the kernel would send a packet: `bpf_fib_lookup`.
-
-use core::mem::MaybeUninit;
+//! Where the kernel would send a packet: `bpf_fib_lookup`, whose answer each CPU keeps for the rest of the second. A lookup costs
+//! more than everything else that a packet of a known flow needs. What is kept belongs to a whole tuple, so that routes by
+//! source or port and several next hops stay as the kernel has them.
 
 use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_SRC,
@@ -12,21 +12,39 @@ use sheave_common::flow::Tuple;
 
 use crate::context::Context;
 use crate::features;
-use crate::maps::INTERFACES_MAP;
+use crate::maps::{self, INTERFACES_MAP};
 use crate::packet::network::Network;
 
+/// How many routes a CPU keeps, each in the one place that its tuple may have.
+pub const ROUTES: usize = 1_024;
+/// Words of the maps' values.
+pub const WORDS: usize = 11;
+/// No second: what was found counts for its packet only.
+const NEVER: u32 = u32::MAX;
+
 /// A route that was found.
+#[repr(C)]
 pub struct Route<A> {
+    /// Tuple of the packets that take it.
+    tuple: Tuple<A>,
+    /// Interface that they came in by.
+    input: u32,
+    /// Their protocol.
+    protocol: u32,
+    /// The second in which it may be used again, or [`NEVER`].
+    second: u32,
+    /// Bytes that a packet may have from the network header on.
+    mtu: u32,
     /// Interface that the packet leaves by.
     pub ifindex: u32,
     /// Next hop's address, for resolving the neighbour.
     pub next_hop: A,
-    /// The neighbour is known, and `source_mac` and `destination_mac` are filled.
-    pub resolved: bool,
     /// MAC address of the interface.
     pub source_mac: [u8; 6],
     /// MAC address of the next hop.
     pub destination_mac: [u8; 6],
+    /// The neighbour is known, and both MAC addresses are filled.
+    pub resolved: bool,
 }
 
 /// No route that the packet can take.
@@ -37,39 +55,57 @@ pub enum NoRoute {
     Unreachable,
 }
 
-/// Route of a packet with this (rewritten) tuple. `length` is its size from the network header on, for a GSO packet that
-/// of one segment; 0 leaves the MTU unchecked.
+/// Route of a packet with this (rewritten) tuple, valid until the next one is looked for. `length` is its size from the network
+/// header on, for a GSO packet that of one segment; 0 leaves the MTU unchecked.
 #[inline(always)]
-pub fn find<C: Context, A: Network>(ctx: &C, tuple: &Tuple<A>, protocol: u8, length: u32) -> Result<Route<A>, NoRoute> {
-    // Zeroed, because kernel 6.1 loses track of an MTU's not being 0, takes that for `FOUND`, and finds a "invalid read from
-    // stack R10 off=-32 size=4" where the route would be read.
-    let mut route = MaybeUninit::zeroed();
-    match find_into(ctx, tuple, protocol, length, &mut route) {
-        // SAFETY: `find_into` fills it whenever it says so.
-        FOUND => Ok(unsafe { route.assume_init() }),
+pub fn find<C: Context, A: Network>(
+    ctx: &C,
+    tuple: &Tuple<A>,
+    protocol: u8,
+    length: u32,
+) -> Result<&'static Route<A>, NoRoute> {
+    let place = A::route(place(tuple)).ok_or(NoRoute::Unreachable)?;
+    const { assert!(size_of::<Route<A>>() <= WORDS * 8 && align_of::<Route<A>>() <= 8) };
+    // SAFETY: the element is this CPU's own, and all-zero bytes are a valid route, of no packet.
+    let route = unsafe { &mut *place.cast::<Route<A>>() };
+    let known = route.second == features::now()
+        && maps::same_words(&route.tuple, tuple)
+        && (route.input, route.protocol) == (ctx.ifindex(), u32::from(protocol));
+    if known && length != 0 && length <= route.mtu {
+        return Ok(route);
+    }
+    match look_up(ctx, tuple, protocol, length, route) {
+        FOUND => Ok(route),
         UNREACHABLE => Err(NoRoute::Unreachable),
         mtu => Err(NoRoute::TooBig(mtu as u32)),
     }
 }
 
+/// The place that a tuple's route may have.
+#[inline(always)]
+fn place<A: Network>(tuple: &Tuple<A>) -> u32 {
+    let mut sum = 0_u64;
+    for word in 0..size_of::<Tuple<A>>() / 4 {
+        // SAFETY: tuples are aligned to words and a whole number of words long.
+        sum = sum.rotate_left(21) ^ u64::from(unsafe { core::ptr::from_ref(tuple).cast::<u32>().add(word).read() });
+    }
+    // Fibonacci hashing: the upper bits of a product with 2^64 divided by the golden ratio.
+    (sum.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - ROUTES.ilog2())) as u32
+}
+
 const FOUND: u64 = 0;
 const UNREACHABLE: u64 = u64::MAX;
 
-/// [`FOUND`], [`UNREACHABLE`], or the MTU that the packet exceeds. A function of its own in the kernel too, so that its
-/// stack is not the caller's.
+/// Asks the kernel and fills `route`: [`FOUND`], [`UNREACHABLE`], or the MTU that the packet exceeds. A function of its own in
+/// the kernel too, so that its stack is not the caller's.
 #[inline(never)]
-fn find_into<C: Context, A: Network>(
-    ctx: &C,
-    tuple: &Tuple<A>,
-    protocol: u8,
-    length: u32,
-    result: &mut MaybeUninit<Route<A>>,
-) -> u64 {
+fn look_up<C: Context, A: Network>(ctx: &C, tuple: &Tuple<A>, protocol: u8, length: u32, route: &mut Route<A>) -> u64 {
     let mut parameters = parameters(ctx, tuple, protocol);
     parameters.__bindgen_anon_1.tot_len = length as u16;
-    match lookup(ctx, &mut parameters, 0) {
-        BPF_FIB_LKUP_RET_SUCCESS => result.write(route(&parameters, true)),
-        BPF_FIB_LKUP_RET_NO_NEIGH => result.write(route(&parameters, false)),
+    route.second = NEVER;
+    let resolved = match lookup(ctx, &mut parameters, 0) {
+        BPF_FIB_LKUP_RET_SUCCESS => true,
+        BPF_FIB_LKUP_RET_NO_NEIGH => false,
         BPF_FIB_LKUP_RET_FRAG_NEEDED if features::has(features::FIB_MTU) => {
             // SAFETY: the kernel wrote this member of the union.
             return u64::from(unsafe { parameters.__bindgen_anon_1.mtu_result }).max(1);
@@ -77,6 +113,20 @@ fn find_into<C: Context, A: Network>(
         BPF_FIB_LKUP_RET_FRAG_NEEDED => return u64::from(next_plateau(length)),
         _ => return UNREACHABLE,
     };
+    route.ifindex = parameters.ifindex;
+    route.next_hop = A::route_next_hop(&parameters);
+    route.resolved = resolved;
+    route.source_mac = parameters.smac;
+    route.destination_mac = parameters.dmac;
+    // The kernel says the MTU only of a route whose neighbour it knows, and only if it was to compare it with a length.
+    if resolved && length != 0 && features::has(features::FIB_MTU) {
+        maps::copy_words(tuple, &raw mut route.tuple);
+        route.input = ctx.ifindex();
+        route.protocol = u32::from(protocol);
+        // SAFETY: the kernel wrote this member of the union.
+        route.mtu = u32::from(unsafe { parameters.__bindgen_anon_1.mtu_result });
+        route.second = features::now();
+    }
     FOUND
 }
 
@@ -140,15 +190,4 @@ fn lookup<C: Context>(ctx: &C, parameters: &mut Parameters, flags: u32) -> u32 {
     let result = unsafe { bpf_fib_lookup(ctx.as_ptr(), parameters, size_of::<Parameters>() as i32, flags) };
     // Errors are negative and match no answer.
     result as u32
-}
-
-#[inline(always)]
-fn route<A: Network>(parameters: &Parameters, resolved: bool) -> Route<A> {
-    Route {
-        ifindex: parameters.ifindex,
-        next_hop: A::route_next_hop(parameters),
-        resolved,
-        source_mac: parameters.smac,
-        destination_mac: parameters.dmac,
-    }
 }

@@ -54,11 +54,26 @@ pub fn rewrite<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, new: &Tuple<
             }
         } else {
             let udp = packet.key.protocol == PROTOCOL_UDP;
-            let checksum = packet.transport::<C>() + transport::checksum_offset(packet.key.protocol);
-            ctx.adjust_checksum(checksum, addresses, true, udp)?;
-            if old_ports != new_ports {
-                ctx.adjust_checksum(checksum, difference(old_ports, new_ports), false, udp)?;
-                ctx.store(packet.transport::<C>(), &new_ports)?;
+            let ports = if old_ports == new_ports { 0 } else { difference(old_ports, new_ports) };
+            if packet.is_plain::<C>() {
+                let offset = Packet::<A>::plain_transport::<C>();
+                // Offsets that the compiler knows, also of the checksum.
+                if udp {
+                    ctx.adjust_checksum_at(offset + transport::UDP_CHECKSUM, addresses, ports, true)?;
+                } else {
+                    ctx.adjust_checksum_at(offset + transport::TCP_CHECKSUM, addresses, ports, false)?;
+                }
+                let place = ctx.at::<u32>(offset)?;
+                // SAFETY: `at` found it in the packet.
+                unsafe { place.write(new_ports) };
+            } else {
+                let offset = packet.transport::<C>();
+                let checksum = offset + transport::checksum_offset(packet.key.protocol);
+                ctx.adjust_checksum(checksum, addresses, true, udp)?;
+                if ports != 0 {
+                    ctx.adjust_checksum(checksum, ports, false, udp)?;
+                    ctx.store(offset, &new_ports)?;
+                }
             }
         }
     }
@@ -80,7 +95,7 @@ fn rewrite_sctp<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, old_ports: 
     if old == 0 {
         return Some(());
     }
-    let length = packet.length - (offset - packet.network::<C>());
+    let length = packet.length - (offset - C::NETWORK);
     let new = old ^ sctp_checksum_difference(u32::from_le(old_ports), u32::from_le(new_ports), length);
     ctx.store_uncompensated(checksum, &new.to_le_bytes())
 }

@@ -23,7 +23,7 @@ use sheave_common::counter::ServiceCounter;
 use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::frontend::{BackendSet, Frontend, FrontendKey, flags as frontend_flags};
 use sheave_common::prefix::SourceRange;
-use sheave_common::{Address, DropReason, Ipv4Address, Ipv6Address, names};
+use sheave_common::{Address, DropReason, Ipv4Address, Ipv6Address, filter, names};
 
 use crate::family::Family;
 use crate::raw_bpf::{self, xdp_context};
@@ -352,6 +352,7 @@ impl Programs {
         } else {
             0
         };
+        self.let_in(&address)?;
         self.hash::<FrontendKey<A>, Frontend>(map)?.insert(
             FrontendKey::new(address, port_be, protocol),
             frontend,
@@ -386,14 +387,28 @@ impl Programs {
         match address {
             IpAddr::V4(address) => {
                 let key = FrontendKey::mark(Ipv4Address::from(address));
+                self.let_in(&key.address)?;
                 self.hash::<_, Frontend>(names::FRONTENDS4)?.insert(key, mark, 0)?;
             }
             IpAddr::V6(address) => {
                 let key = FrontendKey::mark(Ipv6Address::from(address));
+                self.let_in(&key.address)?;
                 self.hash::<_, Frontend>(names::FRONTENDS6)?.insert(key, mark, 0)?;
             }
         }
         Ok(())
+    }
+
+    /// Has the programs look for packets to an address, as the controller does for a frontend's and the programs for the
+    /// source of packets that they redirect.
+    pub fn let_in<A: Address>(&mut self, to: &A) -> Result<()> {
+        Ok(self.array::<u32>(names::DESTINATIONS)?.set(filter::element(to), 1, 0)?)
+    }
+
+    /// Has the programs look for packets from an address, as they do themselves for the backend of a flow that was last seen
+    /// in that second.
+    pub fn let_out<A: Address>(&mut self, from: &A, second: u32) -> Result<()> {
+        Ok(self.array::<u32>(names::SOURCES)?.set(filter::element(from), second, 0)?)
     }
 
     fn next_version(&mut self) -> u64 {

@@ -8,16 +8,7 @@ use sheave_common::checksum;
 
 use super::{Addressee, Context};
 use crate::features;
-
-/// A pointer into the frame, if `T` fits there.
-#[inline(always)]
-fn at<T>(ctx: &XdpContext, offset: u32) -> Option<*mut T> {
-    let start = ctx.data() + offset as usize;
-    if start + size_of::<T>() > ctx.data_end() {
-        return None;
-    }
-    Some(start as *mut T)
-}
+use crate::packet::ethernet;
 
 /// Bytes of the frame's first buffer, which is all that can be read and written directly. A jumbo frame's headers are in it.
 #[inline(always)]
@@ -30,6 +21,7 @@ fn first_buffer(ctx: &XdpContext) -> u32 {
 
 impl Context for XdpContext {
     const XDP: bool = true;
+    const NETWORK: u32 = ethernet::LENGTH;
 
     #[inline(always)]
     fn as_ptr(&self) -> *mut c_void {
@@ -71,9 +63,18 @@ impl Context for XdpContext {
     }
 
     #[inline(always)]
+    fn at<T>(&self, offset: u32) -> Option<*mut T> {
+        let start = self.data() + offset as usize;
+        if start + size_of::<T>() > self.data_end() {
+            return None;
+        }
+        Some(start as *mut T)
+    }
+
+    #[inline(always)]
     fn load<T: Copy>(&self, offset: u32) -> Option<T> {
         // SAFETY: `at` checked that the frame holds a whole T there; packet memory may be unaligned.
-        at::<T>(self, offset).map(|pointer| unsafe { pointer.read_unaligned() })
+        self.at::<T>(offset).map(|pointer| unsafe { pointer.read_unaligned() })
     }
 
     #[inline(always)]
@@ -85,7 +86,7 @@ impl Context for XdpContext {
     #[inline(always)]
     fn store<T>(&self, offset: u32, value: &T) -> Option<()> {
         // SAFETY: `at` checked that the frame holds a whole T there, and the copy is by bytes.
-        at::<T>(self, offset).map(|pointer| unsafe {
+        self.at::<T>(offset).map(|pointer| unsafe {
             core::ptr::copy_nonoverlapping(core::ptr::from_ref(value).cast::<u8>(), pointer.cast(), size_of::<T>())
         })
     }
@@ -96,15 +97,17 @@ impl Context for XdpContext {
     }
 
     #[inline(always)]
-    fn adjust_header_checksum(&self, offset: u32, difference: u64) -> Option<()> {
-        let old: u16 = self.load(offset)?;
-        self.store(offset, &checksum::update(old, difference))
-    }
+    fn follow(&self, _difference: u64) {}
 
     #[inline(always)]
     fn adjust_checksum(&self, offset: u32, difference: u64, _pseudo: bool, udp: bool) -> Option<()> {
         let old: u16 = self.load(offset)?;
         let new = if udp { checksum::update_udp(old, difference) } else { checksum::update(old, difference) };
         self.store(offset, &new)
+    }
+
+    #[inline(always)]
+    fn adjust_checksum_at(&self, offset: u32, addresses: u64, ports: u64, udp: bool) -> Option<()> {
+        self.adjust_checksum(offset, addresses + ports, true, udp)
     }
 }

@@ -16,8 +16,6 @@ use crate::{conntrack, translate};
 const LENGTH: u32 = 20;
 /// Offset of the header checksum.
 const CHECKSUM: u32 = 10;
-/// Offset of TTL and protocol.
-const TTL: u32 = 8;
 /// Offset of the source address; the destination follows.
 const ADDRESSES: u32 = 12;
 /// AF_INET
@@ -72,7 +70,6 @@ impl Network for Ipv4Address {
     const ECHO_REPLY: u8 = 0;
     type Header = Header;
     type Quoted = [u8; 28];
-    const NO_QUOTE: Self::Quoted = [0; 28];
 
     #[inline(always)]
     fn with_room<R>(run: impl FnOnce(&mut MaybeUninit<Packet<Self>>, &mut MaybeUninit<Flow<Self>>) -> R) -> Option<R> {
@@ -80,15 +77,17 @@ impl Network for Ipv4Address {
     }
 
     #[inline(always)]
-    fn parse<C: Context>(ctx: &C, network: u32, edge: u32, room: &mut MaybeUninit<Packet<Self>>) -> Kind {
-        let Some(header) = ctx.load::<Header>(network) else { return Kind::NotOurs };
+    fn parse<C: Context>(ctx: &C, edge: u32, room: &mut MaybeUninit<Packet<Self>>) -> Kind {
+        let Some(header) = ctx.at::<Header>(C::NETWORK) else { return Kind::NotOurs };
+        // SAFETY: `at` found it in the packet.
+        let header = unsafe { header.read() };
         if header.version_and_length >> 4 != 4 {
             return Kind::NotOurs;
         }
         let header_length = header.header_length();
         let total = match u32::from(u16::from_be(header.total_length_be)) {
             // A GSO packet of more than 64 KiB says 0 (gso_ipv4_max_size, since kernel 6.3).
-            0 if ctx.segment_payload() != 0 => ctx.length() - network,
+            0 if ctx.segment_payload() != 0 => ctx.length() - C::NETWORK,
             total => total,
         };
         let place = room.as_mut_ptr();
@@ -96,17 +95,17 @@ impl Network for Ipv4Address {
         let packet = unsafe {
             (&raw mut (*place).key.tuple.source).write(header.source);
             (&raw mut (*place).key.tuple.destination).write(header.destination);
-            Packet::fill(place, network, edge, header.protocol, total, header.ttl);
+            Packet::fill::<C>(place, edge, header.protocol, total, header.ttl);
             room.assume_init_mut()
         };
-        packet.transport = network + header_length;
+        packet.transport = C::NETWORK + header_length;
         packet.identification = u32::from(header.id_be);
         if header.fragment_be & OFFSET_MASK_BE != 0 {
             packet.part = Part::Later;
         } else if header.fragment_be & FRAGMENT_MASK_BE != 0 {
             packet.part = Part::First;
         }
-        if header_length < LENGTH || total < header_length || total > ctx.length() - network {
+        if header_length < LENGTH || total < header_length || total > ctx.length() - C::NETWORK {
             return Kind::BadLength;
         }
         if C::XDP && header_length != LENGTH {
@@ -146,14 +145,20 @@ impl Network for Ipv4Address {
         redirected: bool,
         mut changed: u64,
     ) -> Option<()> {
-        if redirected {
-            let old = [packet.ttl, packet.key.protocol];
-            let new = [packet.ttl - 1, packet.key.protocol];
-            changed += difference(u32::from(u16::from_ne_bytes(old)), u32::from(u16::from_ne_bytes(new)));
-            ctx.store(packet.network::<C>() + TTL, &new[0])?;
+        let header = ctx.at::<Header>(C::NETWORK)?;
+        // SAFETY: `at` found it in the packet.
+        unsafe {
+            if redirected {
+                let ttl = packet.ttl - 1;
+                let words = [packet.ttl, ttl].map(|ttl| u32::from(u16::from_ne_bytes([ttl, packet.key.protocol])));
+                changed += difference(words[0], words[1]);
+                (*header).ttl = ttl;
+            }
+            (*header).checksum = checksum::update((*header).checksum, changed);
+            (*header).source = new.source;
+            (*header).destination = new.destination;
         }
-        ctx.adjust_header_checksum(packet.network::<C>() + CHECKSUM, changed)?;
-        ctx.store(packet.network::<C>() + ADDRESSES, &[new.source, new.destination])
+        Some(())
     }
 
     #[inline(always)]

@@ -3,6 +3,7 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::bindings::{bpf_fib_lookup as RouteParameters, bpf_redir_neigh};
+use sheave_common::checksum::difference;
 use sheave_common::flow::{Flow, Tuple};
 use sheave_common::{Address as _, Ipv6Address, PROTOCOL_ICMPV6};
 
@@ -10,12 +11,10 @@ use super::network::{Answer, Network, Quote};
 use super::{Kind, Packet, Part, ethernet, parse_transport, transport};
 use crate::context::Context;
 use crate::scratch::scratch;
-use crate::{conntrack, translate};
+use crate::{conntrack, maps, translate};
 
 /// Bytes of a header without extension headers.
 const LENGTH: u32 = 40;
-/// Offset of the hop limit.
-const HOP_LIMIT: u32 = 7;
 /// Offset of the source address; the destination follows.
 const ADDRESSES: u32 = 8;
 /// AF_INET6
@@ -94,55 +93,48 @@ const REDIRECT_OPTIONS: u32 = 40;
 const _: () = assert!(core::mem::offset_of!(Tuple<Ipv6Address>, source) == 0);
 const _: () = assert!(core::mem::offset_of!(Tuple<Ipv6Address>, destination) == size_of::<Ipv6Address>());
 
-/// The addresses of a tuple as they lie in a packet.
-#[inline(always)]
-fn addresses(tuple: &Tuple<Ipv6Address>) -> &[Ipv6Address; 2] {
-    // SAFETY: a tuple begins with its two addresses, as asserted.
-    unsafe { &*core::ptr::from_ref(tuple).cast() }
-}
-
-/// The same, to be read into.
+/// The addresses of a tuple as they lie in a packet, to be read into.
 #[inline(always)]
 fn addresses_mut(tuple: &mut Tuple<Ipv6Address>) -> &mut [Ipv6Address; 2] {
-    // SAFETY: as above.
+    // SAFETY: a tuple begins with its two addresses, as asserted.
     unsafe { &mut *core::ptr::from_mut(tuple).cast() }
 }
 
 /// A function of its own in the kernel too, for its stack. Returns a [`Kind`].
 #[inline(never)]
-fn parse<C: Context>(ctx: &C, network: u32, edge: u32, packet: &mut MaybeUninit<Packet<Ipv6Address>>) -> u32 {
-    parse_kind(ctx, network, edge, packet) as u32
+fn parse<C: Context>(ctx: &C, edge: u32, packet: &mut MaybeUninit<Packet<Ipv6Address>>) -> u32 {
+    parse_kind(ctx, edge, packet) as u32
 }
 
 #[inline(always)]
-fn parse_kind<C: Context>(ctx: &C, network: u32, edge: u32, room: &mut MaybeUninit<Packet<Ipv6Address>>) -> Kind {
-    let network = if C::XDP { ethernet::LENGTH } else { network };
-    let Some(start) = ctx.load::<Start>(network) else { return Kind::NotOurs };
+fn parse_kind<C: Context>(ctx: &C, edge: u32, room: &mut MaybeUninit<Packet<Ipv6Address>>) -> Kind {
+    let Some(header) = ctx.at::<Header>(C::NETWORK) else { return Kind::NotOurs };
+    // SAFETY: `at` found it in the packet.
+    let start = unsafe { (&raw const (*header).start).read() };
     if start.version_and_label[0] >> 4 != 6 {
         return Kind::NotOurs;
     }
     let length = match LENGTH + u32::from(u16::from_be(start.payload_length_be)) {
         // A GSO packet of more than 64 KiB says 0 (BIG TCP, since kernel 5.19).
-        LENGTH if ctx.segment_payload() != 0 => ctx.length() - network,
+        LENGTH if ctx.segment_payload() != 0 => ctx.length() - C::NETWORK,
         total => total,
     };
     let place = room.as_mut_ptr();
-    // SAFETY: the place is a packet's, every field is written, and the addresses are overwritten as a whole.
+    // SAFETY: the place is a packet's, and every field is written.
     let packet = unsafe {
-        if ctx.load_into(network + ADDRESSES, addresses_mut(&mut (*place).key.tuple)).is_none() {
-            return Kind::NotOurs;
-        }
-        Packet::fill(place, network, edge, start.next_header, length, start.hop_limit);
+        maps::copy_words(&raw const (*header).source, &raw mut (*place).key.tuple.source);
+        maps::copy_words(&raw const (*header).destination, &raw mut (*place).key.tuple.destination);
+        Packet::fill::<C>(place, edge, start.next_header, length, start.hop_limit);
         room.assume_init_mut()
     };
-    if packet.length > ctx.length() - network {
+    if packet.length > ctx.length() - C::NETWORK {
         return Kind::BadLength;
     }
-    let kind = if C::XDP { None } else { walk(ctx, network, packet) };
+    let kind = if C::XDP { None } else { walk(ctx, packet) };
     if let Some(kind) = kind {
         return kind;
     }
-    let header_length = packet.transport::<C>() - network;
+    let header_length = packet.transport::<C>() - C::NETWORK;
     if packet.length < header_length {
         return Kind::Malformed;
     }
@@ -171,8 +163,8 @@ fn parse_kind<C: Context>(ctx: &C, network: u32, edge: u32, room: &mut MaybeUnin
 /// What changes from header to header lies in `packet` and is read afresh, so that the kernel's verifier sees the same
 /// unknown numbers in every round and not one more range for each way to get there.
 #[inline(always)]
-fn walk<C: Context>(ctx: &C, network: u32, packet: &mut Packet<Ipv6Address>) -> Option<Kind> {
-    let end = network + packet.length;
+fn walk<C: Context>(ctx: &C, packet: &mut Packet<Ipv6Address>) -> Option<Kind> {
+    let end = C::NETWORK + packet.length;
     for _ in 0..EXTENSION_HEADERS {
         // SAFETY: reads fields of the packet.
         let (offset, protocol) = unsafe {
@@ -212,7 +204,6 @@ impl Network for Ipv6Address {
     const ECHO_REPLY: u8 = kind::ECHO_REPLY;
     type Header = Header;
     type Quoted = [u8; 48];
-    const NO_QUOTE: Self::Quoted = [0; 48];
 
     #[inline(always)]
     fn with_room<R>(run: impl FnOnce(&mut MaybeUninit<Packet<Self>>, &mut MaybeUninit<Flow<Self>>) -> R) -> Option<R> {
@@ -222,9 +213,9 @@ impl Network for Ipv6Address {
     }
 
     #[inline(always)]
-    fn parse<C: Context>(ctx: &C, network: u32, edge: u32, packet: &mut MaybeUninit<Packet<Self>>) -> Kind {
+    fn parse<C: Context>(ctx: &C, edge: u32, packet: &mut MaybeUninit<Packet<Self>>) -> Kind {
         // XDP parses no extension headers, and a frame's bounds don't cross a call.
-        if C::XDP { parse_kind(ctx, network, edge, packet) } else { Kind::from_bits(parse(ctx, network, edge, packet)) }
+        if C::XDP { parse_kind(ctx, edge, packet) } else { Kind::from_bits(parse(ctx, edge, packet)) }
     }
 
     #[inline(always)]
@@ -243,12 +234,22 @@ impl Network for Ipv6Address {
         packet: &Packet<Self>,
         new: &Tuple<Self>,
         redirected: bool,
-        _changed: u64,
+        mut changed: u64,
     ) -> Option<()> {
-        if redirected {
-            ctx.store_uncompensated(packet.network::<C>() + HOP_LIMIT, &(packet.ttl - 1))?;
+        let header = ctx.at::<Header>(C::NETWORK)?;
+        // SAFETY: `at` found it in the packet.
+        unsafe {
+            if redirected {
+                let hop_limit = packet.ttl - 1;
+                let words = [packet.ttl, hop_limit].map(|limit| u32::from(u16::from_ne_bytes([0, limit])));
+                changed += difference(words[0], words[1]);
+                (&raw mut (*header).start.hop_limit).write(hop_limit);
+            }
+            maps::copy_words(&raw const new.source, &raw mut (*header).source);
+            maps::copy_words(&raw const new.destination, &raw mut (*header).destination);
         }
-        ctx.store_uncompensated(packet.network::<C>() + ADDRESSES, addresses(new))
+        ctx.follow(changed);
+        Some(())
     }
 
     #[inline(always)]

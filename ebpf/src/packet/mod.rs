@@ -15,8 +15,6 @@ use network::Network;
 pub struct Packet<A> {
     /// Its tuple, protocol and edge. Ports are 0 unless the packet is [`Kind::Transport`].
     pub key: FlowKey<A>,
-    /// Offset of the network header; read it with [`Packet::network`].
-    network: u32,
     /// Offset of the transport header; read it with [`Packet::transport`].
     transport: u32,
     /// Bytes from the network header on, as its header says.
@@ -50,7 +48,7 @@ impl<A: Network> Packet<A> {
     ///
     /// `place` is memory of a packet.
     #[inline(always)]
-    unsafe fn fill(place: *mut Self, network: u32, edge: u32, protocol: u8, length: u32, ttl: u8) {
+    unsafe fn fill<C: Context>(place: *mut Self, edge: u32, protocol: u8, length: u32, ttl: u8) {
         // SAFETY: by the caller's promise.
         unsafe {
             let tuple = &raw mut (*place).key.tuple;
@@ -60,8 +58,7 @@ impl<A: Network> Packet<A> {
             // Protocol and zeroes in one word: three zeroes alone become a call of memset, which the verifier refuses
             // ("Global function memset() doesn't return scalar", kernel 6.18).
             (&raw mut (*place).key.protocol).cast::<u32>().write(u32::from_ne_bytes([protocol, 0, 0, 0]));
-            (&raw mut (*place).network).write(network);
-            (&raw mut (*place).transport).write(network + A::LENGTH);
+            (&raw mut (*place).transport).write(C::NETWORK + A::LENGTH);
             (&raw mut (*place).length).write(length);
             (&raw mut (*place).identification).write(0);
             (&raw mut (*place).ttl).write(ttl);
@@ -70,17 +67,35 @@ impl<A: Network> Packet<A> {
         }
     }
 
-    /// Offset of the network header. A constant under XDP: a packet pointer plus an offset that the verifier has lost
-    /// track of is refused there ("R4 offset is outside of the packet", kernel 6.18).
-    #[inline(always)]
-    pub fn network<C: Context>(&self) -> u32 {
-        if C::XDP { ethernet::LENGTH } else { self.network }
-    }
-
-    /// Offset of the transport header; a constant under XDP, where options and extension headers are not parsed.
+    /// Offset of the transport header. A constant under XDP, where options and extension headers are not parsed: a packet
+    /// pointer plus an offset that the verifier has lost track of is refused ("R4 offset is outside of the packet", kernel
+    /// 6.18).
     #[inline(always)]
     pub fn transport<C: Context>(&self) -> u32 {
-        if C::XDP { ethernet::LENGTH + A::LENGTH } else { self.transport }
+        if C::XDP { Self::plain_transport::<C>() } else { self.transport }
+    }
+
+    /// Offset of the transport header of packets without options and extension headers.
+    #[inline(always)]
+    pub fn plain_transport<C: Context>() -> u32 {
+        C::NETWORK + A::LENGTH
+    }
+
+    /// Whether the packet has neither options nor extension headers.
+    #[inline(always)]
+    pub fn is_plain<C: Context>(&self) -> bool {
+        C::XDP || self.transport == Self::plain_transport::<C>()
+    }
+
+    /// Reads the transport header.
+    #[inline(always)]
+    fn transport_header<C: Context, T: Copy>(&self, ctx: &C) -> Option<T> {
+        if self.is_plain::<C>() {
+            // SAFETY: `at` found it in the packet.
+            ctx.at::<T>(Self::plain_transport::<C>()).map(|header| unsafe { header.read() })
+        } else {
+            ctx.load(self.transport)
+        }
     }
 }
 
@@ -120,34 +135,32 @@ impl Kind {
 #[inline(always)]
 pub fn parse_transport<C: Context, A: Network>(ctx: &C, packet: &mut Packet<A>, remaining: u32) -> Kind {
     use sheave_common::{PROTOCOL_SCTP, PROTOCOL_TCP, PROTOCOL_UDP};
-    let offset = packet.transport::<C>();
-    let tuple = &mut packet.key.tuple;
     match packet.key.protocol {
         PROTOCOL_TCP => {
-            let Some(tcp) = ctx.load::<transport::Tcp>(offset) else { return Kind::Malformed };
+            let Some(tcp) = packet.transport_header::<C, transport::Tcp>(ctx) else { return Kind::Malformed };
             if remaining < transport::TCP_LENGTH {
                 return Kind::Malformed;
             }
             packet.tcp_flags = tcp.flags;
-            tuple.source_port_be = tcp.source_be;
-            tuple.destination_port_be = tcp.destination_be;
+            packet.key.tuple.source_port_be = tcp.source_be;
+            packet.key.tuple.destination_port_be = tcp.destination_be;
         }
         PROTOCOL_UDP => {
-            let Some(udp) = ctx.load::<transport::Udp>(offset) else { return Kind::Malformed };
+            let Some(udp) = packet.transport_header::<C, transport::Udp>(ctx) else { return Kind::Malformed };
             if remaining < transport::UDP_LENGTH {
                 return Kind::Malformed;
             }
-            tuple.source_port_be = udp.source_be;
-            tuple.destination_port_be = udp.destination_be;
+            packet.key.tuple.source_port_be = udp.source_be;
+            packet.key.tuple.destination_port_be = udp.destination_be;
         }
         PROTOCOL_SCTP => {
-            let Some(sctp) = ctx.load::<transport::Sctp>(offset) else { return Kind::Malformed };
+            let Some(sctp) = packet.transport_header::<C, transport::Sctp>(ctx) else { return Kind::Malformed };
             if remaining < transport::SCTP_LENGTH {
                 return Kind::Malformed;
             }
             packet.tcp_flags = transport::sctp_flags(sctp.chunk);
-            tuple.source_port_be = sctp.source_be;
-            tuple.destination_port_be = sctp.destination_be;
+            packet.key.tuple.source_port_be = sctp.source_be;
+            packet.key.tuple.destination_port_be = sctp.destination_be;
         }
         _ => return Kind::Other,
     }

@@ -49,13 +49,11 @@ pub trait Network: Family {
     /// What an ICMP error quotes of a packet: its header and eight more octets, the least that RFC 792 asks for and all that
     /// is needed to find a socket.
     type Quoted: Copy;
-    /// Nothing quoted yet.
-    const NO_QUOTE: Self::Quoted;
 
     /// Runs something with room for a packet and its flow.
     fn with_room<R>(run: impl FnOnce(&mut MaybeUninit<Packet<Self>>, &mut MaybeUninit<Flow<Self>>) -> R) -> Option<R>;
-    /// Parses the packet whose network header is at `network`. `packet` is filled unless it is [`Kind::NotOurs`].
-    fn parse<C: Context>(ctx: &C, network: u32, edge: u32, packet: &mut MaybeUninit<Packet<Self>>) -> Kind;
+    /// Parses a packet. `packet` is filled unless it is [`Kind::NotOurs`].
+    fn parse<C: Context>(ctx: &C, edge: u32, packet: &mut MaybeUninit<Packet<Self>>) -> Kind;
     /// Whether a packet from this address can be answered: a single host has it.
     fn is_one_host(self) -> bool;
     /// [`crate::translate::rewrite`]; a function of its own in the kernel too where its stack would be too much.

@@ -16,7 +16,7 @@ use sheave_common::load::Load;
 use sheave_common::prefix::{Prefix, SourceRange};
 use sheave_common::service_name::ServiceName;
 use sheave_common::socket::{SocketKey, SocketPeer};
-use sheave_common::{Ipv4Address, Ipv6Address, names};
+use sheave_common::{Ipv4Address, Ipv6Address, filter, names};
 
 use super::syscall::MapInfo;
 use crate::config::MapSizes;
@@ -157,6 +157,8 @@ pub(super) fn definitions(sizes: &MapSizes) -> Vec<Definition> {
         define::<u32, ServiceCounter>(names::SERVICE_COUNTERS, per_cpu, services),
         define::<u32, u64>(names::DROP_COUNTERS, per_cpu, Size::Fixed(drops)),
         define::<u32, RejectBudget>(names::REJECT_BUDGET, per_cpu, Size::Fixed(1)),
+        define::<u32, u32>(names::DESTINATIONS, array, Size::Fixed(filter::ELEMENTS)),
+        define::<u32, u32>(names::SOURCES, array, Size::Fixed(filter::ELEMENTS)),
     ]
 }
 

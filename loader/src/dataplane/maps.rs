@@ -36,6 +36,7 @@ pub(super) struct Maps {
     pub(super) v6: FamilyMaps<Ipv6Address>,
     pub(super) backend_table: Map<u32, u32>,
     pub(super) backend_loads: Map<u32, Load>,
+    pub(super) destinations: Map<u32, u32>,
     pub(super) interfaces: Map<u32, Interface>,
     pub(super) service_names: Map<u32, ServiceName>,
 }
@@ -73,6 +74,7 @@ impl Maps {
             },
             backend_table: Map::open(directory, names::BACKEND_TABLE, read_only)?,
             backend_loads: Map::open(directory, names::BACKEND_LOADS, read_only)?,
+            destinations: Map::open(directory, names::DESTINATIONS, read_only)?,
             interfaces: Map::open(directory, names::INTERFACES, read_only)?,
             service_names: Map::open(directory, names::SERVICE_NAMES, read_only)?,
         })

@@ -170,7 +170,8 @@ pub fn object(constants: u32) -> Cow<'static, [u8]> {
         return object.into();
     }
     let mut object = object.to_vec();
-    if let Some(at) = object.windows(FRAGS.len()).position(|window| window == FRAGS) {
+    // In the names of the sections, and in the debug information, which names them too.
+    while let Some(at) = object.windows(FRAGS.len()).position(|window| window == FRAGS) {
         object[at..at + PLAIN.len()].copy_from_slice(PLAIN);
     }
     object.into()

@@ -1,11 +1,12 @@
 //! Makes the plan's writes, many of a kind together where that is possible, gives each frontend and backend its version, and
 //! counts.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::{IpAddr, SocketAddr};
 
 use sheave_common::config::{Config, flags};
 use sheave_common::interface::Interface;
+use sheave_common::{Address, Ipv4Address, Ipv6Address, filter};
 
 use super::error::MapError;
 use super::maps::Maps;
@@ -25,12 +26,15 @@ pub(super) struct Writer {
     /// Next version to use; below `config.next_version`, or equal when none is reserved.
     next_version: u64,
     writes: u64,
+    /// Elements of `destinations` that are known to be set.
+    destinations: HashSet<u32>,
 }
 
 impl Writer {
     /// `config` is what the map has to hold from now on; it is written if it does not.
     pub(super) fn new(maps: Maps, old: Option<Config>, config: Config) -> Result<Self, MapError> {
-        let mut writer = Self { maps, config, next_version: config.next_version, writes: 0 };
+        let next_version = config.next_version;
+        let mut writer = Self { maps, config, next_version, writes: 0, destinations: HashSet::new() };
         if old != Some(config) {
             writer.put_config(config)?;
         }
@@ -133,8 +137,14 @@ impl Writer {
             Write::PutFrontend { address, frontend } => {
                 let value = elements::frontend_value(frontend, self.version()?);
                 match address.address {
-                    IpAddr::V4(ip) => self.maps.v4.frontends.put(&elements::key(address, ip), &value)?,
-                    IpAddr::V6(ip) => self.maps.v6.frontends.put(&elements::key(address, ip), &value)?,
+                    IpAddr::V4(ip) => {
+                        self.set_destination(&Ipv4Address::from(ip))?;
+                        self.maps.v4.frontends.put(&elements::key(address, ip), &value)?;
+                    }
+                    IpAddr::V6(ip) => {
+                        self.set_destination(&Ipv6Address::from(ip))?;
+                        self.maps.v6.frontends.put(&elements::key(address, ip), &value)?;
+                    }
                 }
             }
             Write::DeleteFrontend { address } => match address.address {
@@ -165,6 +175,31 @@ impl Writer {
     /// Versions for so many elements, or for fewer if the config can't be written.
     fn versions(&mut self, number: usize) -> Vec<u64> {
         (0..number).map_while(|_| self.version().ok()).collect()
+    }
+
+    /// Lets the programs look for packets to this frontend.
+    fn announce(&mut self, operation: &Operation) -> Result<(), MapError> {
+        match &operation.write {
+            Write::PutFrontend { address, .. } => match address.address {
+                IpAddr::V4(ip) => self.set_destination(&Ipv4Address::from(ip)),
+                IpAddr::V6(ip) => self.set_destination(&Ipv6Address::from(ip)),
+            },
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets the programs look for packets to this address.
+    fn set_destination<A: Address>(&mut self, address: &A) -> Result<(), MapError> {
+        let element = filter::element(address);
+        if self.destinations.contains(&element) {
+            return Ok(());
+        }
+        if self.maps.destinations.get(&element)? != Some(1) {
+            self.maps.destinations.put(&element, &1)?;
+            self.writes += 1;
+        }
+        self.destinations.insert(element);
+        Ok(())
     }
 
     /// A version that no element ever had: reserved in the pinned config before it is used.
@@ -211,6 +246,8 @@ impl Sink for Writer {
     }
 
     fn write_together(&mut self, operations: &[Operation]) -> usize {
+        let announced = operations.iter().map_while(|operation| self.announce(operation).ok()).count();
+        let operations = &operations[..announced];
         let number = operations.len();
         let written = match operations.first().map(|operation| &operation.write) {
             Some(Write::PutName { .. }) => self.maps.service_names.put_together(&elements::names(operations)),

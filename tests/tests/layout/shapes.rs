@@ -55,9 +55,13 @@ pub(crate) fn maps() -> BTreeMap<String, (Shape, Shape)> {
         row::<u32, ServiceName>(names::SERVICE_NAMES),
         row::<u32, ServiceCounter>(names::SERVICE_COUNTERS),
         row::<u32, u64>(names::DROP_COUNTERS),
+        row::<u32, [u64; 11]>("routes4"),
+        row::<u32, [u64; 11]>("routes6"),
         row::<u32, [u64; 56]>("scratch4"),
         row::<u32, [u64; 56]>("scratch6"),
         row::<u32, RejectBudget>(names::REJECT_BUDGET),
+        row::<u32, u32>(names::DESTINATIONS),
+        row::<u32, u32>(names::SOURCES),
     ])
 }
 

@@ -87,6 +87,9 @@ fn port(service: u32, tag: u8) -> u16 {
 #[test]
 fn sets_replaced_at_full_speed_are_never_seen_torn_or_foreign() {
     let mut programs = Programs::load().unwrap();
+    for service in 1..=SERVICES {
+        programs.let_in(&key(service).address).unwrap();
+    }
     let mut writer = Writer::new(&mut programs);
     for generation in 0..u64::from(SERVICES) {
         writer.replace(generation);

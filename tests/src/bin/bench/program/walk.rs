@@ -94,9 +94,15 @@ impl Circle {
         FlowKey<A>: Pod,
         Flow<A>: Pod,
     {
-        let mut map = programs.hash::<FlowKey<A>, Flow<A>>(map)?;
         for place in 0..self.length {
             let key = self.key::<A>(place);
+            // What the programs do for the other half when they make a flow.
+            if self.flags & flags::REDIRECT != 0 {
+                programs.let_in(&key.tuple.source)?;
+            } else {
+                programs.let_out(&key.tuple.destination, second())?;
+            }
+            let mut map = programs.hash::<FlowKey<A>, Flow<A>>(map)?;
             let flow = Flow {
                 rewrite: self.key::<A>(place + 1).tuple,
                 service_id: self.service_id,
