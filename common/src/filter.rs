@@ -19,7 +19,8 @@ const BITS: u32 = 16;
 #[inline(always)]
 #[must_use]
 pub fn element<A: Address>(address: &A) -> u32 {
-    let [first, second, third, last] = address.words().map(u64::from);
+    // In the machine's order, in which neighbours differ at the lower end, all of which counts in the product.
+    let [first, second, third, last] = address.words().map(|word| u64::from(u32::from_be(word)));
     let mixed = first ^ second.rotate_left(32) ^ third.rotate_left(13) ^ last.rotate_left(45);
     // Fibonacci hashing: the upper bits of a product with 2^64 divided by the golden ratio.
     (mixed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - BITS)) as u32
