@@ -3,12 +3,14 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::helpers::bpf_get_prandom_u32;
-use sheave_common::DropReason;
 use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::backend::{self, Backend};
 use sheave_common::frontend::{BackendSet, Frontend, FrontendKey, algorithm, client_hash, flags};
+use sheave_common::{DropReason, Ipv4Address, Ipv6Address};
 
 use crate::maps::{self, ANY, BACKEND_TABLE, Family, NOEXIST};
+use crate::packet::network::Network;
+use crate::scratch::scratch;
 use crate::{features, load, observe, versioned};
 
 /// How often a choice starts again when the set changed under it.
@@ -87,22 +89,66 @@ fn set(frontend: &Frontend, from: From) -> (BackendSet, bool) {
     (if local { frontend.local } else { frontend.cluster }, local)
 }
 
-/// Chooses a backend for a new connection to the frontend `key`, and remembers it where the service has affinity.
-#[inline(always)]
-pub fn choose<'a, A: Family>(
+/// Chooses a backend for a process's new connection to the frontend `key`, and remembers it where the service has affinity. A
+/// function of its own in the kernel too, for its callers' stack.
+#[inline(never)]
+pub fn choose<A: Family>(
     key: &FrontendKey<A>,
     from: From,
     client: &A,
     now: u32,
-    choice: &'a mut MaybeUninit<Choice<A>>,
-) -> Result<&'a Choice<A>, DropReason> {
-    choose_into(key, from, client, now, choice)?;
-    // SAFETY: `choose_into` fills it whenever it succeeds.
-    Ok(unsafe { choice.assume_init_ref() })
+    choice: &mut MaybeUninit<Choice<A>>,
+) -> Result<(), DropReason> {
+    choose_into(key, from, client, now, choice)
 }
 
-/// A function of its own in the kernel too: new connections are rare enough, and the caller's stack is short.
-#[inline(never)]
+/// The same for the packet whose key is this CPU's scratch's `forward`, and into its `choice`.
+#[inline(always)]
+pub fn choose_for_packet<A: Network>(from: From, now: u32) -> Result<(), DropReason> {
+    let reasons = [
+        DropReason::NoEndpoint,
+        DropReason::NoLocalEndpoint,
+        DropReason::SourceRange,
+        DropReason::BackendMissing,
+        DropReason::RewriteFailed,
+    ];
+    let result = A::choose(from.0, now);
+    for reason in reasons {
+        if result == reason as u32 {
+            return Err(reason);
+        }
+    }
+    if result == 0 { Ok(()) } else { Err(DropReason::Contended) }
+}
+
+/// Global functions in the kernel, whose verifier looks at them once and not once for every way to get there; so they take
+/// nothing but numbers. 0, or the reason for a drop.
+macro_rules! choices {
+    ($($name:ident: $address:ty;)+) => {
+        $(
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            pub extern "C" fn $name(from: u32, now: u32) -> u32 {
+                let Some(scratch) = scratch::<$address>() else { return DropReason::RewriteFailed as u32 };
+                // SAFETY: the scratch is this run's alone; `create` has filled the key, and uses neither meanwhile.
+                let (forward, choice) = unsafe { (&(*scratch).forward, &mut (*scratch).choice) };
+                let tuple = &forward.tuple;
+                let key = FrontendKey::new(tuple.destination, tuple.destination_port_be, forward.protocol);
+                match choose_into(&key, From(from), &tuple.source, now, choice) {
+                    Ok(()) => 0,
+                    Err(reason) => reason as u32,
+                }
+            }
+        )+
+    };
+}
+
+choices! {
+    choose4: Ipv4Address;
+    choose6: Ipv6Address;
+}
+
+#[inline(always)]
 fn choose_into<A: Family>(
     key: &FrontendKey<A>,
     from: From,

@@ -6,7 +6,6 @@ use aya_ebpf::helpers::bpf_get_prandom_u32;
 use sheave_common::DropReason;
 use sheave_common::backend::flags as backend_flags;
 use sheave_common::flow::{Flow, flags, state};
-use sheave_common::frontend::FrontendKey;
 
 use crate::balance::{self, From, Origin};
 use crate::context::Context;
@@ -59,12 +58,10 @@ fn toward_backend<'a, A: Network>(
     let config = maps::config().ok_or(DropReason::RewriteFailed)?;
     let key = &packet.key;
     let client = &key.tuple.source;
-    let frontend = FrontendKey::new(key.tuple.destination, key.tuple.destination_port_be, key.protocol);
+    balance::choose_for_packet::<A>(From::new(origin, key.tuple.source_port_be), now)?;
     let scratch = scratch::<A>().ok_or(DropReason::RewriteFailed)?;
-    // SAFETY: the scratch is this run's alone, and nothing else of it is touched here.
-    let choice = balance::choose(&frontend, From::new(origin, key.tuple.source_port_be), client, now, unsafe {
-        &mut (*scratch).choice
-    })?;
+    // SAFETY: the scratch is this run's alone, and `choose_for_packet` has filled this whenever it succeeds.
+    let choice = unsafe { (*scratch).choice.assume_init_ref() };
     let backend = &choice.backend;
     let hairpin = origin == Origin::Inside && backend.address == *client;
     let flow_flags = if hairpin {

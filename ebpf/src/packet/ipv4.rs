@@ -10,7 +10,7 @@ use sheave_common::{Ipv4Address, PROTOCOL_ICMP};
 use super::network::{Answer, Network, Quote};
 use super::{Kind, Packet, Part, ethernet, parse_transport, transport};
 use crate::context::Context;
-use crate::{conntrack, translate};
+use crate::{balance, conntrack, translate};
 
 /// Bytes of a header without options.
 const LENGTH: u32 = 20;
@@ -226,6 +226,11 @@ impl Network for Ipv4Address {
             Answer::TimeExceeded => [11, 0],
             Answer::TooBig => [3, 4],
         }
+    }
+
+    #[inline(always)]
+    fn choose(from: u32, now: u32) -> u32 {
+        balance::choose4(from, now)
     }
 
     #[inline(always)]

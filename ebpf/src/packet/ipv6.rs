@@ -11,7 +11,7 @@ use super::network::{Answer, Network, Quote};
 use super::{Kind, Packet, Part, ethernet, parse_transport, transport};
 use crate::context::Context;
 use crate::scratch::scratch;
-use crate::{conntrack, maps, translate};
+use crate::{balance, conntrack, maps, translate};
 
 /// Bytes of a header without extension headers.
 const LENGTH: u32 = 40;
@@ -290,6 +290,11 @@ impl Network for Ipv6Address {
             Answer::TimeExceeded => [kind::TIME_EXCEEDED, 0],
             Answer::TooBig => [kind::PACKET_TOO_BIG, 0],
         }
+    }
+
+    #[inline(always)]
+    fn choose(from: u32, now: u32) -> u32 {
+        balance::choose6(from, now)
     }
 
     #[inline(always)]

@@ -221,7 +221,8 @@ fn balance<F: Form>(call: &Call<'_, F>, request: Request) -> i32 {
     // A socket has no port yet; its cookie is as good a number of its own.
     let from = From::new(Origin::Inside, call.cookie as u16);
     let choice = match balance::choose(&key, from, &client, features::now(), &mut choice) {
-        Ok(choice) => choice,
+        // SAFETY: `choose` fills it whenever it succeeds.
+        Ok(()) => unsafe { choice.assume_init_ref() },
         Err(DropReason::NoEndpoint) => return refuse(DropReason::NoEndpoint),
         Err(reason) => {
             observe::count(reason);
