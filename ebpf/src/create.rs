@@ -30,7 +30,7 @@ pub fn flow<C: Context, A: Network>(
     result: &mut MaybeUninit<Flow<A>>,
 ) -> Result<(), DropReason> {
     let scratch = scratch::<A>().ok_or(DropReason::RewriteFailed)?;
-    // SAFETY: the scratch is this run's alone, and these two fields are used here and by `claim_and_insert` only.
+    // SAFETY: the scratch is this run's alone, and these two fields are used here, by `choose` and by `claim_and_insert` only.
     let (forward, new_flow) = unsafe { (&mut (*scratch).forward, &mut (*scratch).new_flow) };
     maps::copy_words(&packet.key, forward);
     let flow = toward_backend(packet, origin, now, new_flow)?;

@@ -135,16 +135,11 @@ impl Writer {
                 networks::delete_source_range(&self.maps, *service_id, network)?;
             }
             Write::PutFrontend { address, frontend } => {
+                self.announce(write)?;
                 let value = elements::frontend_value(frontend, self.version()?);
                 match address.address {
-                    IpAddr::V4(ip) => {
-                        self.set_destination(&Ipv4Address::from(ip))?;
-                        self.maps.v4.frontends.put(&elements::key(address, ip), &value)?;
-                    }
-                    IpAddr::V6(ip) => {
-                        self.set_destination(&Ipv6Address::from(ip))?;
-                        self.maps.v6.frontends.put(&elements::key(address, ip), &value)?;
-                    }
+                    IpAddr::V4(ip) => self.maps.v4.frontends.put(&elements::key(address, ip), &value)?,
+                    IpAddr::V6(ip) => self.maps.v6.frontends.put(&elements::key(address, ip), &value)?,
                 }
             }
             Write::DeleteFrontend { address } => match address.address {
@@ -177,9 +172,9 @@ impl Writer {
         (0..number).map_while(|_| self.version().ok()).collect()
     }
 
-    /// Lets the programs look for packets to this frontend.
-    fn announce(&mut self, operation: &Operation) -> Result<(), MapError> {
-        match &operation.write {
+    /// Lets the programs look for packets to the frontend that is to be written, if it is one.
+    fn announce(&mut self, write: &Write) -> Result<(), MapError> {
+        match write {
             Write::PutFrontend { address, .. } => match address.address {
                 IpAddr::V4(ip) => self.set_destination(&Ipv4Address::from(ip)),
                 IpAddr::V6(ip) => self.set_destination(&Ipv6Address::from(ip)),
@@ -246,7 +241,7 @@ impl Sink for Writer {
     }
 
     fn write_together(&mut self, operations: &[Operation]) -> usize {
-        let announced = operations.iter().map_while(|operation| self.announce(operation).ok()).count();
+        let announced = operations.iter().map_while(|operation| self.announce(&operation.write).ok()).count();
         let operations = &operations[..announced];
         let number = operations.len();
         let written = match operations.first().map(|operation| &operation.write) {
