@@ -18,7 +18,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
-use crate::config::{Bypass, RunConfig};
+use crate::config::{Bypass, RunConfig, SourceConfig};
 use crate::dataplane::{self, Applied, Dataplane, DataplaneError};
 use crate::interfaces::{self, Event, Interface, InterfaceError};
 use crate::model::desired::{ServiceKey, ServicePort, ServicePortName};
@@ -84,7 +84,11 @@ pub async fn run(config: RunConfig, shutdown: impl Future<Output = ()>) -> Resul
     let (interface_sender, interface_events) = mpsc::channel(QUEUE);
     let (node_addresses, watched_addresses) = watch::channel(Vec::new());
     let (rules, source, node) = (config.interfaces.clone(), config.source.clone(), config.node_name.clone());
-    tasks.spawn(async { source::run(source, node, source_sender).await.map_err(ControllerError::from) });
+    let known = match &source {
+        SourceConfig::Kubernetes { .. } => serve::known_api_servers(&config.pin_path),
+        SourceConfig::Manifests(_) => BTreeSet::new(),
+    };
+    tasks.spawn(async { source::run(source, known, node, source_sender).await.map_err(ControllerError::from) });
     tasks.spawn(async { interfaces::run(rules, watched_addresses, interface_sender).await.map_err(From::from) });
     let mut inputs = Inputs { source: source_events, interfaces: interface_events, tasks };
     let mut controller = Controller::new(&config, dataplane, node_addresses, status);

@@ -1,18 +1,21 @@
 //! What `SHEAVE_TEST_KUBECONFIG` does, against the tests' own API: scenarios publish through an API server, take the
-//! addresses that it gives out, and leave nothing behind.
+//! addresses that it gives out, and leave nothing behind. And what becomes of a node whose API servers die.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
-use sheave_tests::client;
+use sheave_tests::agent::Agent;
+use sheave_tests::client::{self, Conversation, at};
 use sheave_tests::kube_api::{KubeApi, Resource};
 use sheave_tests::leftovers::unique_name;
-use sheave_tests::manifests::Service;
+use sheave_tests::manifests::{Endpoint, Service};
 use sheave_tests::scenario::Scenario;
-use sheave_tests::server;
-use sheave_tests::topology::Shape;
+use sheave_tests::server::{self, Server};
+use sheave_tests::topology::{Cluster, Pod, Shape};
 
 const WEB: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
 const NODE: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 1);
@@ -74,5 +77,82 @@ fn a_failing_scenario_removes_what_it_made() -> Result<()> {
     });
     ensure!(made == 2, "{made} objects");
     ensure!(outcome.is_err_and(|error| error.to_string() == "as tests do"), "another failure");
+    Ok(())
+}
+
+/// A Service and its slices, in every one of these servers.
+fn apply(apis: &[KubeApi], service: &Service, endpoints: &[Endpoint]) -> Result<()> {
+    for text in service.yaml(endpoints).split("---\n") {
+        let object: Value = serde_saphyr::from_str(text)?;
+        for api in apis {
+            api.apply(object.clone());
+        }
+    }
+    Ok(())
+}
+
+/// Waits until the only backend of `web` is this pod.
+fn wait_for_backend(agent: &Agent, pod: &Pod) -> Result<()> {
+    let expected = json!([format!("{}:{}", pod.address, server::WHO)]);
+    agent.wait_for_services(&pod.name, |shown| {
+        let mut rows = shown.as_array().into_iter().flatten().filter(|row| row["service"] == "default/web:http");
+        rows.any(|row| row["cluster_backends"] == expected)
+    })
+}
+
+/// A control plane that fails over, or is away for long, would take Services with it; and a restart then, the changes.
+#[test]
+fn traffic_and_changes_go_on_while_api_servers_die() -> Result<()> {
+    let cluster = Cluster::build(Shape { pod_counts: [3, 1], ..Shape::default() })?;
+    let node = &cluster.nodes[0];
+    let pods: Vec<&Pod> = cluster.nodes.iter().flat_map(|node| &node.pods).collect();
+    let _servers = pods.iter().map(|pod| Server::start(&pod.namespace, &pod.name)).collect::<Result<Vec<_>>>()?;
+    let serve = |port| node.namespace.run(|| TcpListener::bind((node.address, port))).map(KubeApi::serve);
+    let mut apis = vec![serve(6443)?, serve(6444)?];
+    for api in &apis {
+        api.apply(json!({"kind": "Node", "metadata": {"name": node.name}, "status": {"addresses": [
+            {"type": "InternalIP", "address": node.address}, {"type": "InternalIP", "address": node.address6},
+        ]}}));
+    }
+    let web = Service::new("web", WEB).tcp("http", 80, server::WHO).tcp("echo", 7, server::ECHO);
+    apply(&apis, &web, &web.endpoints(pods[1..].iter().copied()))?;
+    // The kubeconfig knows the first server only; the cluster names the second.
+    let kubernetes = Service::new("kubernetes", Ipv4Addr::new(10, 96, 0, 1)).tcp("https", 443, 6444);
+    let second = Endpoint { address: node.address.into(), ..Endpoint::from(pods[0]) };
+    apply(&apis, &kubernetes, &[second])?;
+    let kubeconfig = std::env::temp_dir().join(unique_name());
+    std::fs::write(&kubeconfig, apis[0].kubeconfig())?;
+    let mut agent = Agent::start_with_kubeconfig(node, &node.name, &kubeconfig, &[])?;
+
+    let client = pods[0].namespace.clone();
+    let mut talk = client.run(|| Conversation::open(at(WEB, 7)))?;
+    let stop = AtomicBool::new(false);
+    let answers = std::thread::scope(|scope| -> Result<_> {
+        let asking = scope.spawn(|| client::until(Some(&client), &stop, 2, &|| client::who(at(WEB, 80))));
+        let outcome = (|| {
+            drop(apis.remove(0));
+            apply(&apis, &web, &web.endpoints([pods[2]]))?;
+            wait_for_backend(&agent, pods[2]).context("after the end of the configured server")?;
+            agent.kill();
+            apply(&apis, &web, &web.endpoints([pods[3]]))?;
+            agent.restart().context("while the configured server is dead")?;
+            wait_for_backend(&agent, pods[3])?;
+            apis.clear();
+            for _ in 0..30 {
+                std::thread::sleep(Duration::from_millis(100));
+                talk.say(b"without any API server")?;
+            }
+            ensure!(agent.log().contains("what is known stays in place"), "not noticed:\n{}", agent.log());
+            Ok(())
+        })();
+        stop.store(true, Ordering::Relaxed);
+        let answers = asking.join().map_err(|_| anyhow::anyhow!("the client panicked"))?;
+        outcome.map(|()| answers)
+    })?;
+    std::fs::remove_file(&kubeconfig)?;
+    answers.all_answered()?;
+    let last = client::who_many(Some(&client), at(WEB, 80), 50, 2);
+    last.all_answered()?;
+    ensure!(last.by_backend.keys().eq([&pods[3].name]), "{:?}", last.by_backend);
     Ok(())
 }

@@ -3,7 +3,7 @@
 //! Nothing here needs root. Every wait is bounded by [`PATIENCE`].
 
 use std::collections::BTreeSet;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -29,9 +29,14 @@ fn kubeconfig(folder: &Folder, server: &str, token: &str) -> PathBuf {
 
 /// `name` is the test's, for its folder. The kubeconfig names `server`; `servers` are given besides.
 fn start(name: &str, server: &str, servers: &[String]) -> Follower {
+    start_knowing(name, server, servers, BTreeSet::new())
+}
+
+/// The same, with API servers that the cluster has named earlier.
+fn start_knowing(name: &str, server: &str, servers: &[String], known: BTreeSet<SocketAddr>) -> Follower {
     let folder = Folder::new(name);
     let (kubeconfig, servers) = (kubeconfig(&folder, server, "secret"), servers.to_vec());
-    Follower::start(|sender| source::kubernetes::run(Some(kubeconfig), servers, HERE.to_owned(), sender), folder)
+    Follower::start(|sender| source::kubernetes::run(Some(kubeconfig), servers, known, HERE.to_owned(), sender), folder)
 }
 
 async fn follow(name: &str, api: &KubeApi) -> Follower {
@@ -400,6 +405,76 @@ async fn the_next_of_several_servers_takes_over() {
     assert_eq!(apis[0].count(Resource::Services, Verb::List), 0, "the watch went on where it was");
 }
 
+/// The slice that names an API server.
+fn naming(server: &KubeApi) -> Value {
+    let mut slice = slice("kubernetes", "kubernetes");
+    slice["ports"] = json!([{"name": "https", "port": server.address().port()}]);
+    slice["endpoints"] = json!([{"addresses": [server.address().ip()]}]);
+    slice
+}
+
+/// Otherwise one API server's end would freeze every node that was told of that one only.
+#[tokio::test]
+async fn a_server_that_only_the_cluster_names_takes_over_and_back() {
+    let apis = [KubeApi::start().await, KubeApi::start().await];
+    for api in &apis {
+        api.apply(service("web"));
+        api.apply(naming(&apis[1]));
+    }
+    let mut running = follow("named", &apis[0]).await;
+    watches(&apis[0], 1).await;
+    apis[0].refuse(true);
+    watches(&apis[1], 1).await;
+    for api in &apis {
+        api.apply(service("other"));
+    }
+    running.until_services(&["other", "web"]).await;
+    assert_eq!(apis[1].count(Resource::Services, Verb::List), 0, "the watch went on where it was");
+
+    // An empty set is nothing to go by: the last servers that were named stay known.
+    apis[0].refuse(false);
+    apis.iter().for_each(|api| api.delete(Resource::EndpointSlices, "default", "kubernetes"));
+    running.until("no slice", |running| matches!(running.changes.last(), Some(Change::SliceGone(_)))).await;
+    apis[1].refuse(true);
+    watches(&apis[0], 2).await;
+    apis[0].refuse(true);
+    apis[1].refuse(false);
+    watches(&apis[1], 2).await;
+    for api in &apis {
+        api.apply(service("third"));
+    }
+    running.until_services(&["other", "third", "web"]).await;
+}
+
+/// Otherwise a server that is gone for good would be asked for ever, and one that came in its place never.
+#[tokio::test]
+async fn the_servers_that_the_cluster_names_are_those_it_named_last() {
+    let apis = [KubeApi::start().await, KubeApi::start().await, KubeApi::start().await];
+    for api in &apis {
+        api.apply(service("web"));
+        api.apply(naming(&apis[1]));
+    }
+    let mut running = follow("renamed", &apis[0]).await;
+    watches(&apis[0], 1).await;
+    for api in &apis {
+        api.apply(naming(&apis[2]));
+    }
+    running.until("the slice", |running| matches!(running.changes.last(), Some(Change::Slice(_)))).await;
+    apis[0].refuse(true);
+    watches(&apis[2], 1).await;
+    assert_eq!(apis[1].requests().len(), 0);
+}
+
+/// Otherwise a restart while the configured server is dead would leave a node without changes.
+#[tokio::test]
+async fn a_server_that_the_cluster_had_named_before_a_restart_is_asked() {
+    let api = KubeApi::start().await;
+    api.apply(service("web"));
+    let known = BTreeSet::from([api.address()]);
+    let mut running = start_knowing("known", "http://127.0.0.1:1", &[], known).synced().await;
+    running.until_services(&["web"]).await;
+}
+
 /// Otherwise a cluster's API would not let Sheave in, or a wrong token would end the process.
 #[tokio::test]
 async fn the_kubeconfigs_token_is_used_and_a_refused_one_is_tried_again() {
@@ -421,7 +496,7 @@ async fn a_configuration_that_cannot_work_is_an_error_that_names_it() {
         let servers = servers.iter().map(|server| (*server).to_owned()).collect();
         let sender = sender.clone();
         async move {
-            let run = source::kubernetes::run(Some(path), servers, "here".to_owned(), sender);
+            let run = source::kubernetes::run(Some(path), servers, BTreeSet::new(), "here".to_owned(), sender);
             let result = timeout(PATIENCE, run).await.expect("an answer at once");
             result.expect_err("an error").to_string()
         }

@@ -1,6 +1,7 @@
 //! Read-only access to the pinned maps: what the command line shows, with or without a daemon.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use sheave_common::affinity::{Affinity, AffinityKey};
@@ -14,6 +15,7 @@ use sheave_common::load::Load;
 use sheave_common::service_name::ServiceName;
 use sheave_common::{DropReason, Ipv4Address, Ipv6Address, names};
 
+use super::elements::Ip as _;
 use super::error::MapError;
 use super::map::Map;
 use super::maps::Maps;
@@ -127,6 +129,30 @@ impl PinnedMaps {
     /// If the kernel refuses.
     pub fn service_cidrs(&self) -> Result<BTreeSet<Network>, MapError> {
         networks::service_cidrs(&self.maps)
+    }
+
+    /// Addresses and ports of the backends of a service port, by its name in `service_names`; none if there is no such.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn endpoints(&self, service_port: &str) -> Result<BTreeSet<SocketAddr>, MapError> {
+        let names = self.service_names()?.into_iter();
+        let ids: BTreeSet<u32> =
+            names.filter(|(_, name)| name.as_str() == Some(service_port)).map(|(id, _)| id).collect();
+        let mut endpoints = BTreeSet::new();
+        let mut add = |service_id: u32, address: IpAddr, port_be: u16| {
+            if ids.contains(&service_id) {
+                endpoints.insert(SocketAddr::new(address, u16::from_be(port_be)));
+            }
+        };
+        for (_, backend) in self.backends4()? {
+            add(backend.service_id, backend.address.ip(), backend.port_be);
+        }
+        for (_, backend) in self.backends6()? {
+            add(backend.service_id, backend.address.ip(), backend.port_be);
+        }
+        Ok(endpoints)
     }
 
     /// `service_counters`, summed over the CPUs; without those that are zero.

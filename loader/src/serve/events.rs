@@ -1,7 +1,8 @@
 //! Events about Services whose health checks can't be answered, where the API server is there to take them.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::ObjectReference;
@@ -10,6 +11,7 @@ use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
 use crate::config::{RunConfig, SourceConfig};
+use crate::dataplane::PinnedMaps;
 use crate::model::desired::ServiceKey;
 use crate::source::kubernetes;
 
@@ -52,6 +54,7 @@ pub(super) struct Publisher {
     node_name: String,
     kubeconfig: Option<PathBuf>,
     api_servers: Vec<String>,
+    pin_path: PathBuf,
     failures: mpsc::Receiver<Failure>,
 }
 
@@ -63,9 +66,18 @@ pub(super) fn channel(config: &RunConfig) -> (Events, Option<Publisher>) {
         node_name: config.node_name.clone(),
         kubeconfig: kubeconfig.clone(),
         api_servers: api_servers.clone(),
+        pin_path: config.pin_path.clone(),
         failures,
     };
     (Events(Some(sender)), Some(publisher))
+}
+
+/// The API servers that the cluster has named: the maps outlive this process, and so do the last ones that were good.
+pub(crate) fn known_api_servers(pin_path: &Path) -> BTreeSet<SocketAddr> {
+    PinnedMaps::open(pin_path).and_then(|maps| maps.endpoints(kubernetes::SERVICE_PORT)).unwrap_or_else(|error| {
+        debug!(%error, "cannot read which API servers were known");
+        BTreeSet::new()
+    })
 }
 
 impl Publisher {
@@ -84,7 +96,8 @@ impl Publisher {
 
     /// Made when it is first needed: most nodes never report anything.
     async fn recorder(&self) -> Option<Recorder> {
-        match kubernetes::client(self.kubeconfig.clone(), &self.api_servers).await {
+        let known = known_api_servers(&self.pin_path);
+        match kubernetes::client(self.kubeconfig.clone(), &self.api_servers, &known).await {
             Ok(client) => {
                 let instance = Some(self.node_name.clone());
                 Some(Recorder::new(client, Reporter { controller: "sheave".to_owned(), instance }))

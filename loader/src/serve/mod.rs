@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 use tracing::warn;
 
 use crate::config::RunConfig;
+pub(crate) use events::known_api_servers;
 use events::{Events, Publisher};
 use health::{Health, Question};
 use metrics::Metrics;

@@ -7,6 +7,8 @@ pub mod convert;
 pub mod kubernetes;
 pub mod manifests;
 
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use tokio::sync::mpsc::Sender;
@@ -70,16 +72,21 @@ pub enum SourceError {
     },
 }
 
-/// Runs the source that was configured, until the receiver is gone.
+/// Runs the source that was configured, until the receiver is gone. `known` as in [`kubernetes::run`].
 ///
 /// # Errors
 ///
 /// Only what waiting does not mend, see [`SourceError`].
-pub async fn run(config: SourceConfig, node_name: String, sender: Sender<SourceEvent>) -> Result<(), SourceError> {
+pub async fn run(
+    config: SourceConfig,
+    known: BTreeSet<SocketAddr>,
+    node_name: String,
+    sender: Sender<SourceEvent>,
+) -> Result<(), SourceError> {
     match config {
         SourceConfig::Manifests(directory) => manifests::run(directory, node_name, sender).await,
         SourceConfig::Kubernetes { kubeconfig, api_servers } => {
-            kubernetes::run(kubeconfig, api_servers, node_name, sender).await
+            kubernetes::run(kubeconfig, api_servers, known, node_name, sender).await
         }
     }
 }

@@ -109,6 +109,12 @@ impl KubeApi {
         Self { shared, address, stop: Some(stop), thread: Some(thread) }
     }
 
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// `http://address:port`
     #[must_use]
     pub fn url(&self) -> String {

@@ -182,14 +182,15 @@ impl Follower {
                         break;
                     }
                     Err(error) => {
-                        tokio::time::sleep(trouble.report(self.servers.current(), &error)).await;
+                        tokio::time::sleep(trouble.report(&self.servers.current(), &error)).await;
                         continue;
                     }
                 };
-                trouble.over(self.servers.current());
+                trouble.over(&self.servers.current());
                 if unreadable.take().is_some() {
                     tracing::info!(kind = K::NAME, server = self.servers.current(), "may be read after all");
                 }
+                self.servers.learn(&change);
                 let listed = matches!(
                     change,
                     Change::ServicesReplaced(_) | Change::SlicesReplaced(_) | Change::Node(_) | Change::NodeGone

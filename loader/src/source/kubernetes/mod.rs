@@ -1,13 +1,16 @@
 //! The Kubernetes API as a source: four watches that outlive every trouble of the server.
 //!
-//! [`servers`] finds the API servers and turns to the next one when one fails; [`follow`] lists and watches one kind
-//! of object; [`backoff`] says how long to wait. Objects are trimmed as they arrive; the selectors keep headless and
+//! [`servers`] finds the API servers and turns to the next one when one fails; [`endpoints`] hears from the cluster which
+//! there are; [`follow`] lists and watches one kind of object; [`backoff`] says how long to wait. Objects are trimmed as they arrive; the selectors keep headless and
 //! foreign ones from arriving at all.
 
 mod backoff;
+mod endpoints;
 mod follow;
 mod servers;
 
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -19,6 +22,7 @@ use kube::runtime::watcher;
 use tokio::sync::mpsc::Sender;
 
 use super::{SourceError, SourceEvent};
+pub use endpoints::SERVICE_PORT;
 use follow::Follower;
 use servers::Servers;
 
@@ -29,17 +33,22 @@ const ENDPOINT_SLICES: &str = "!service.kubernetes.io/headless,!service.kubernet
 /// Objects in one page of a list.
 const PAGE: u32 = 500;
 
-/// A client of the same API servers, for what is told to them. It has connections of its own.
+/// A client of the same API servers as [`run`], for what is told to them. It has connections of its own.
 ///
 /// # Errors
 ///
 /// A configuration that can't be used.
-pub async fn client(kubeconfig: Option<PathBuf>, api_servers: &[String]) -> Result<Client, SourceError> {
-    Ok(Arc::new(Servers::find(kubeconfig, api_servers).await?).client())
+pub async fn client(
+    kubeconfig: Option<PathBuf>,
+    api_servers: &[String],
+    known: &BTreeSet<SocketAddr>,
+) -> Result<Client, SourceError> {
+    Ok(Arc::new(Servers::find(kubeconfig, api_servers, known).await?).client())
 }
 
 /// Follows an API server until the receiver is gone. `kubeconfig` and `api_servers` as in
-/// [`SourceConfig::Kubernetes`](crate::config::SourceConfig::Kubernetes).
+/// [`SourceConfig::Kubernetes`](crate::config::SourceConfig::Kubernetes); `known` are the addresses of API servers that the
+/// cluster has named earlier, the endpoints of [`SERVICE_PORT`].
 ///
 /// # Errors
 ///
@@ -47,10 +56,11 @@ pub async fn client(kubeconfig: Option<PathBuf>, api_servers: &[String]) -> Resu
 pub async fn run(
     kubeconfig: Option<PathBuf>,
     api_servers: Vec<String>,
+    known: BTreeSet<SocketAddr>,
     node_name: String,
     sender: Sender<SourceEvent>,
 ) -> Result<(), SourceError> {
-    let servers = Arc::new(Servers::find(kubeconfig, &api_servers).await?);
+    let servers = Arc::new(Servers::find(kubeconfig, &api_servers, &known).await?);
     let follower = Follower::new(servers, sender.clone());
     let config = || watcher::Config::default().page_size(PAGE);
     tokio::select! {

@@ -1,21 +1,25 @@
 //! The API servers: where their addresses and credentials come from, and which of them is asked.
 //!
 //! All watches share one current server. Whoever sees it fail turns to the next one, so a watch goes on where it was:
-//! API servers of one cluster know the same resource versions.
+//! API servers of one cluster know the same resource versions. After those that are configured come those that the cluster
+//! names itself ([`super::endpoints`]), the last ones that it has named if none is there to ask.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use http::{Request, Response, Uri};
+use http::{Request, Response, StatusCode, Uri};
 use kube::client::Body;
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config};
 use tokio::time::Instant;
+use tracing::{info, warn};
 
 use super::super::SourceError;
+use super::endpoints::Endpoints;
+use crate::model::Change;
 
 /// How long connecting to a server may take, before the next one is tried.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -28,6 +32,9 @@ const SILENCE_TIMEOUT: Duration = Duration::from_secs(330);
 /// otherwise be asked as fast as it answers: the watcher goes on without a pause.
 const WATCH_PAUSE: Duration = Duration::from_millis(500);
 
+/// What the certificate of every API server names, whatever its address.
+const EVERY_SERVER: &str = "kubernetes.default.svc";
+
 /// One API server.
 struct Server {
     /// Its address, for people.
@@ -37,28 +44,105 @@ struct Server {
 
 /// The API servers of the cluster, of which one is in use.
 pub(super) struct Servers {
-    servers: Vec<Server>,
-    current: AtomicUsize,
+    /// What a client of a server that the cluster has named is made of, but for its address.
+    config: Config,
+    pool: Mutex<Pool>,
     /// When the last watch of a path started, or will.
     watches: Mutex<HashMap<String, Instant>>,
 }
 
+struct Pool {
+    /// The configured ones, then those that the cluster has named.
+    servers: Vec<Arc<Server>>,
+    configured: usize,
+    /// Which of them is in use.
+    current: usize,
+    endpoints: Endpoints,
+}
+
 impl Servers {
-    /// Finds the configuration, and replaces its server by `addresses` if there are any.
-    pub(super) async fn find(kubeconfig: Option<PathBuf>, addresses: &[String]) -> Result<Self, SourceError> {
+    /// Finds the configuration, and replaces its server by `addresses` if there are any. `known` are API servers that the
+    /// cluster had named before.
+    pub(super) async fn find(
+        kubeconfig: Option<PathBuf>,
+        addresses: &[String],
+        known: &BTreeSet<SocketAddr>,
+    ) -> Result<Self, SourceError> {
         let mut uris = Vec::with_capacity(addresses.len());
         for address in addresses {
             uris.push(parse_address(address)?);
         }
-        let config = match configuration(kubeconfig).await {
+        let mut config = match configuration(kubeconfig).await {
             Err(SourceError::NoApiServer) if !uris.is_empty() => Config::new(uris[0].clone()),
             config => config?,
         };
         if uris.is_empty() {
             uris.push(config.cluster_url.clone());
         }
-        let servers = uris.into_iter().map(|uri| server(&config, uri)).collect::<Result<_, _>>()?;
-        Ok(Self { servers, current: AtomicUsize::new(0), watches: Mutex::default() })
+        config.cluster_url = uris[0].clone();
+        let servers = uris.into_iter().map(|uri| server(&config, uri).map(Arc::new));
+        let servers = servers.collect::<Result<Vec<_>, _>>()?;
+        config.tls_server_name = common_name(&config);
+        let configured = servers.len();
+        let pool = Mutex::new(Pool { servers, configured, current: 0, endpoints: Endpoints::default() });
+        let found = Self { config, pool, watches: Mutex::default() };
+        found.named(known);
+        Ok(found)
+    }
+
+    /// Takes in what a change says about the API servers themselves.
+    pub(super) fn learn(&self, change: &Change) {
+        let named = self.pool().endpoints.take(change);
+        if let Some(named) = named {
+            self.named(&named);
+        }
+    }
+
+    /// The cluster names these API servers, instead of those that it named before. They are of no use where the configured
+    /// address has a path: there something stands before them that has credentials of its own.
+    fn named(&self, addresses: &BTreeSet<SocketAddr>) {
+        if self.config.cluster_url.path() != "/" {
+            return;
+        }
+        let mut pool = self.pool();
+        let used = Arc::clone(&pool.servers[pool.current]);
+        let scheme = self.config.cluster_url.scheme_str().unwrap_or("https");
+        let mut servers = pool.servers[..pool.configured].to_vec();
+        for address in addresses {
+            let name = format!("{scheme}://{address}");
+            if servers.iter().any(|server| server.name == name) {
+                continue;
+            }
+            let known = pool.servers.iter().find(|server| server.name == name).cloned();
+            let made = || parse_address(&name).and_then(|uri| server(&self.config, uri)).map(Arc::new);
+            match known.map_or_else(made, Ok) {
+                Ok(server) => servers.push(server),
+                Err(error) => warn!(%error, "an API server that the cluster names can't be used"),
+            }
+        }
+        let names = |servers: &[Arc<Server>]| servers.iter().map(|server| server.name.clone()).collect::<Vec<_>>();
+        if names(&servers) != names(&pool.servers) {
+            info!(servers = names(&servers).join(" "), "API servers to turn to when the one in use fails");
+        }
+        pool.current = servers.iter().position(|server| Arc::ptr_eq(server, &used)).unwrap_or(0);
+        pool.servers = servers;
+    }
+
+    fn pool(&self) -> MutexGuard<'_, Pool> {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn in_use(&self) -> Arc<Server> {
+        let pool = self.pool();
+        Arc::clone(&pool.servers[pool.current])
+    }
+
+    /// Turns to the next server, unless somebody else has: only who sees the server in use fail may.
+    fn turn_from(&self, used: &Arc<Server>) {
+        let mut pool = self.pool();
+        if Arc::ptr_eq(&pool.servers[pool.current], used) {
+            pool.current = (pool.current + 1) % pool.servers.len();
+        }
     }
 
     /// A client that asks the server in use.
@@ -72,24 +156,23 @@ impl Servers {
     }
 
     /// Address of the server in use.
-    pub(super) fn current(&self) -> &str {
-        &self.servers[self.current.load(Ordering::Relaxed)].name
+    pub(super) fn current(&self) -> String {
+        self.in_use().name.clone()
     }
 
     async fn send(&self, request: Request<Body>) -> Result<Response<Body>, kube::Error> {
         if request.uri().query().is_some_and(|query| query.split('&').any(|pair| pair == "watch=true")) {
             tokio::time::sleep_until(self.next_start(request.uri().path())).await;
         }
-        let used = self.current.load(Ordering::Relaxed);
-        let server = &self.servers[used];
+        let server = self.in_use();
         let answer = match tokio::time::timeout(ANSWER_TIMEOUT, server.client.send(request)).await {
             Ok(answer) => answer.map_err(|error| named(&server.name, error)),
             Err(_) => Err(unreachable(&server.name, format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()))),
         };
-        if answer.as_ref().map_or(true, |response| response.status().is_server_error()) {
-            // Only who sees the server in use fail may turn to the next one.
-            let next = (used + 1) % self.servers.len();
-            let _: Result<_, _> = self.current.compare_exchange(used, next, Ordering::Relaxed, Ordering::Relaxed);
+        // Credentials that one server takes need not be good for another.
+        let refused = |status: StatusCode| status.is_server_error() || status == StatusCode::UNAUTHORIZED;
+        if answer.as_ref().map_or(true, |response| refused(response.status())) {
+            self.turn_from(&server);
         }
         answer
     }
@@ -152,6 +235,17 @@ fn server(config: &Config, uri: Uri) -> Result<Server, SourceError> {
     }
 }
 
+/// What the certificates of API servers are checked against that the cluster names by address: the configured name, because
+/// certificates of all of them carry that of a balancer before them. An address is one server's own.
+fn common_name(config: &Config) -> Option<String> {
+    if config.tls_server_name.is_some() {
+        return config.tls_server_name.clone();
+    }
+    let host = config.cluster_url.host()?;
+    let is_address = host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
+    Some(if is_address { EVERY_SERVER } else { host }.to_owned())
+}
+
 /// The kubeconfig that was asked for, $KUBECONFIG, ~/.kube/config, or the in-cluster service account: the first that
 /// is there, and it has to be sound.
 async fn configuration(kubeconfig: Option<PathBuf>) -> Result<Config, SourceError> {
@@ -191,5 +285,18 @@ mod tests {
         assert_eq!(parsed("https://[2001:db8::1]:6443").as_deref(), Some("https://[2001:db8::1]:6443/"));
         assert_eq!(parsed("ftp://192.0.2.1"), None);
         assert_eq!(parsed("no address"), None);
+    }
+
+    #[test]
+    fn servers_that_the_cluster_names_show_a_certificate_with_the_configured_name_or_every_servers() {
+        let name = |url: &str, given: Option<&str>| {
+            let mut config = Config::new(url.parse().expect("a URI"));
+            config.tls_server_name = given.map(str::to_owned);
+            common_name(&config)
+        };
+        assert_eq!(name("https://api.example.org:6443", None).as_deref(), Some("api.example.org"));
+        assert_eq!(name("https://192.0.2.1:6443", None).as_deref(), Some("kubernetes.default.svc"));
+        assert_eq!(name("https://[2001:db8::1]:6443", None).as_deref(), Some("kubernetes.default.svc"));
+        assert_eq!(name("https://192.0.2.1:6443", Some("api.example.org")).as_deref(), Some("api.example.org"));
     }
 }
