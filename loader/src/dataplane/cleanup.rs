@@ -11,6 +11,7 @@ use super::error::DataplaneError;
 use super::links;
 use super::map::Map;
 use super::pins::Pins;
+use super::resize;
 use super::syscall;
 
 /// Detaches and removes everything below a pin directory. Works without a daemon, and is refused while one runs. Doing
@@ -34,6 +35,7 @@ pub fn cleanup(pin_path: &Path) -> Result<(), DataplaneError> {
     if programs.is_dir() {
         fs::remove_dir_all(&programs).map_err(DataplaneError::file("remove", &programs))?;
     }
+    resize::remove(&pins)?;
     for entry in fs::read_dir(pin_path).map_err(DataplaneError::file("list", pin_path))? {
         links::remove(&entry.map_err(DataplaneError::file("list", pin_path))?.path())?;
     }

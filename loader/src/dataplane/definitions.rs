@@ -48,6 +48,8 @@ pub(super) struct Definition {
     pub(super) size_flag: Option<&'static str>,
     /// `max_entries` is a default: a map that is pinned may have another.
     is_default: bool,
+    /// The map takes the place of a pinned one of another size ([`super::resize`]).
+    pub(super) resized: bool,
 }
 
 /// Maximum entries of a map.
@@ -66,7 +68,12 @@ impl Definition {
         }
     }
 
-    /// What differs in the kernel's map, in words; `None` if nothing does.
+    /// Whether the kernel's map has another size than a flag asks for now.
+    pub(super) const fn is_resized(&self, info: &MapInfo) -> bool {
+        self.size_flag.is_some() && self.max_entries != info.max_entries
+    }
+
+    /// What differs in the kernel's map, in words, but for a size that a flag sets; `None` if nothing does.
     pub(super) fn difference(&self, info: &MapInfo) -> Option<String> {
         let fields = [
             ("type", info.map_type, self.map_type),
@@ -75,6 +82,7 @@ impl Definition {
             ("flags", info.flags, self.flags),
             ("max_entries", info.max_entries, self.max_entries),
         ];
+        let fields = &fields[..if self.size_flag.is_some() { fields.len() - 1 } else { fields.len() }];
         let differs = fields.iter().filter(|(_, pinned, expected)| pinned != expected);
         let words: Vec<String> =
             differs.map(|(field, pinned, expected)| format!("{field} is {pinned}, not {expected}")).collect();
@@ -90,7 +98,7 @@ fn define<K: Pod, V: Pod>(name: &'static str, (map_type, flags): (u32, u32), ent
         Size::Flag(flag, Some(given), _) => (given, Some(flag), false),
         Size::Flag(flag, None, most) => (scaled(most, memory()), Some(flag), true),
     };
-    Definition { name, map_type, key_size, value_size, flags, max_entries, size_flag, is_default }
+    Definition { name, map_type, key_size, value_size, flags, max_entries, size_flag, is_default, resized: false }
 }
 
 /// A default size on a machine with this much memory: all with what an 8 GiB machine's kernel leaves, and half for each
@@ -198,5 +206,8 @@ mod tests {
         assert_eq!(definition.difference(&info), None);
         info.value_size += 8;
         assert_eq!(definition.difference(&info).as_deref(), Some("value size is 112, not 104"));
+        info = MapInfo { value_size: definition.value_size, max_entries: 2, ..info };
+        assert_eq!(definition.difference(&info).as_deref(), Some("max_entries is 2, not 1"), "no flag sets it");
+        assert!(!definition.is_resized(&info));
     }
 }

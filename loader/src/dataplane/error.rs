@@ -48,7 +48,7 @@ pub enum MapError {
 fn raise(map: &str) -> String {
     let definitions = definitions(&MapSizes::default());
     let flag = definitions.iter().find(|definition| definition.name == map).and_then(|found| found.size_flag);
-    flag.map(|flag| format!("; raise {flag}, after `sheave cleanup`")).unwrap_or_default()
+    flag.map(|flag| format!("; raise {flag}")).unwrap_or_default()
 }
 
 /// The dataplane could not be set up or changed.
@@ -75,7 +75,39 @@ pub enum DataplaneError {
         /// --pin-path
         path: PathBuf,
     },
-    /// A map of another shape or size is pinned.
+    /// A map that is pinned has another size than a flag asks for, and this kernel can't put another in its place.
+    #[error(
+        "the pinned map {} has {pinned} entries, not {asked}; kernels before 6.6 can't have it replaced under traffic: leave \
+         {flag} as it was, or run `sheave cleanup` first, which ends all connections through Services",
+        pin.display()
+    )]
+    CannotResize {
+        /// The pin.
+        pin: PathBuf,
+        /// Its maximum entries.
+        pinned: u32,
+        /// The flag.
+        flag: &'static str,
+        /// What it says.
+        asked: u32,
+    },
+    /// What a map holds doesn't fit the size that a flag asks for.
+    #[error(
+        "the pinned map {} holds {held} elements, more than the {asked} that {flag} asks for; give a larger number, or run \
+         `sheave cleanup` first, which ends all connections through Services",
+        pin.display()
+    )]
+    TooSmall {
+        /// The pin.
+        pin: PathBuf,
+        /// Elements that it holds; all those of an array.
+        held: usize,
+        /// The flag.
+        flag: &'static str,
+        /// What it says.
+        asked: u32,
+    },
+    /// A map of another shape is pinned.
     #[error("the pinned map {} is incompatible: {difference}; run `sheave cleanup` first", pin.display())]
     IncompatiblePin {
         /// The pin.

@@ -44,6 +44,17 @@ impl Hook {
         }
     }
 
+    /// Interface and hook of a pinned link, by the pin's name.
+    pub(super) fn of_pin(name: &str) -> Option<(u32, Self)> {
+        let (index, hook) = name.split_once('_')?;
+        Some((index.parse().ok()?, Self::ALL.into_iter().find(|one| one.name() == hook)?))
+    }
+
+    /// Whether it is tc's, which can hold several programs.
+    pub(super) const fn is_tc(self) -> bool {
+        matches!(self, Self::Ingress | Self::Egress)
+    }
+
     /// The tc direction, unless it is XDP.
     const fn direction(self) -> Option<TcAttachType> {
         match self {
@@ -53,7 +64,7 @@ impl Hook {
         }
     }
 
-    const fn attach_type(self) -> (AttachType, u32) {
+    pub(super) const fn attach_type(self) -> (AttachType, u32) {
         match self {
             Self::Ingress => (AttachType::TcxIngress, 0),
             Self::Egress => (AttachType::TcxEgress, 0),

@@ -35,9 +35,14 @@ impl<K: Pod, V: Pod> Map<K, V> {
     }
 
     /// Opens a pinned per-CPU map. Values are multiples of 8 octets, as the kernel lays them out.
-    pub(super) fn open_per_cpu(directory: &Path, name: &'static str, cpus: usize) -> Result<Self, MapError> {
+    pub(super) fn open_per_cpu(
+        directory: &Path,
+        name: &'static str,
+        read_only: bool,
+        cpus: usize,
+    ) -> Result<Self, MapError> {
         const { assert!(size_of::<V>().is_multiple_of(8)) };
-        Self::open_wide(directory, name, true, cpus)
+        Self::open_wide(directory, name, read_only, cpus)
     }
 
     fn open_wide(directory: &Path, name: &'static str, read_only: bool, width: usize) -> Result<Self, MapError> {
@@ -73,6 +78,20 @@ impl<K: Pod, V: Pod> Map<K, V> {
                 result => return result.map_err(|source| self.error("write to", source)),
             }
         }
+    }
+
+    /// Writes an element unless there is one with this key.
+    pub(super) fn insert(&self, key: &K, value: &V) -> Result<(), MapError> {
+        let inserted = syscall::map_insert(self.fd.as_fd(), bytes_of(key), bytes_of(value));
+        inserted.map_err(|source| self.error("write to", source))
+    }
+
+    /// Writes an element of a per-CPU map, a value for each CPU.
+    pub(super) fn put_wide(&self, key: &K, values: &[V]) -> Result<(), MapError> {
+        let octets: Vec<u8> = values.iter().flat_map(bytes_of).copied().collect();
+        assert_eq!(values.len(), self.width, "a value for each CPU");
+        let written = syscall::map_update(self.fd.as_fd(), bytes_of(key), &octets);
+        written.map_err(|source| self.error("write to", source))
     }
 
     /// Writes elements in as few system calls as the kernel allows.

@@ -15,6 +15,7 @@ mod maps;
 mod networks;
 mod pins;
 mod programs;
+mod resize;
 mod settings;
 mod shelf;
 mod sockets;
@@ -91,11 +92,18 @@ impl Dataplane {
     /// As [`Self::open`].
     pub fn open_with(config: &RunConfig, features: Features) -> Result<Self, DataplaneError> {
         let pins = Pins::take(&config.pin_path)?;
-        let mut definitions = definitions::definitions(&config.sizes);
-        pins.adopt_sizes(&mut definitions)?;
-        pins.verify(&definitions)?;
+        let constants = |old| features.bits() | settings::constants(old, config);
+        let definitions = loop {
+            let mut definitions = definitions::definitions(&config.sizes);
+            pins.adopt_sizes(&mut definitions)?;
+            pins.verify(&definitions)?;
+            if !resize::prepare(&pins, &mut definitions, features.tcx)? {
+                break definitions;
+            }
+            resize::carry_out(&pins, &definitions, constants(Maps::config(pins.directory())?))?;
+        };
         let old = Maps::config(pins.directory())?;
-        let programs = Programs::open(&pins, &definitions, features.bits() | settings::constants(old, config))?;
+        let programs = Programs::open(&pins, &definitions, constants(old))?;
         let maps = Maps::open(pins.directory(), false)?;
         let element = settings::element(old, config)?;
         let links = Links::new(pins.links(), features.tcx);

@@ -1,8 +1,9 @@
 //! The pin directory: that it is on a BPF file system, that nobody else uses it, and that what is pinned there is what
 //! this program would have made.
 //!
-//! Maps are pinned in the directory itself, links in its folder `links`, programs in `programs` ([`super::shelf`]). The directory carries an flock while a daemon or
-//! a cleanup works on it; the kernel lets go of it when the process ends, however it ends.
+//! Maps are pinned in the directory itself, links in its folder `links`, programs in `programs` ([`super::shelf`]), and what
+//! belongs to a change of size in `resizing` ([`super::resize`]). The directory carries an flock while a daemon or a cleanup
+//! works on it; the kernel lets go of it when the process ends, however it ends.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -24,6 +25,8 @@ use super::syscall::{self, MapInfo};
 const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
 const LINKS: &str = "links";
 const PROGRAMS: &str = "programs";
+const RESIZING: &str = "resizing";
+const MAPS: &str = "maps";
 
 /// A pin directory that is ours for as long as this value lives.
 #[derive(Debug)]
@@ -93,14 +96,31 @@ impl Pins {
         self.directory.join(PROGRAMS)
     }
 
+    /// Where everything is that a change of size needs.
+    pub(super) fn resizing(&self) -> PathBuf {
+        self.directory.join(RESIZING)
+    }
+
+    /// Where maps are pinned that are to take the place of others.
+    pub(super) fn resized_maps(&self) -> PathBuf {
+        self.resizing().join(MAPS)
+    }
+
+    /// Where a map is pinned, or to be.
+    pub(super) fn map(&self, definition: &Definition) -> PathBuf {
+        let folder = if definition.resized { self.resized_maps() } else { self.directory.clone() };
+        folder.join(definition.name)
+    }
+
     /// The kernel's ids of the pinned maps, in the order of their definitions; `None` if one is not pinned.
     pub(super) fn map_ids(&self, definitions: &[Definition]) -> Result<Option<Vec<u32>>, DataplaneError> {
         let pinned = definitions.iter().map(|definition| self.pinned(definition));
         pinned.map(|info| Ok(info?.map(|info| info.id))).collect()
     }
 
-    fn pinned(&self, definition: &Definition) -> Result<Option<MapInfo>, DataplaneError> {
-        let pin = self.directory.join(definition.name);
+    /// The kernel's map for a definition; `None` if none is pinned.
+    pub(super) fn pinned(&self, definition: &Definition) -> Result<Option<MapInfo>, DataplaneError> {
+        let pin = self.map(definition);
         let map = match syscall::open_pin(&pin, true) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             result => result.map_err(DataplaneError::file("open the pin", &pin))?,

@@ -124,6 +124,11 @@ impl Programs {
         Ok(Self { shelf, fds })
     }
 
+    /// All of them by name.
+    pub(super) fn into_fds(self) -> BTreeMap<&'static str, OwnedFd> {
+        self.fds
+    }
+
     /// A loaded program.
     pub(super) fn fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, DataplaneError> {
         self.fds.get(name).map(AsFd::as_fd).ok_or(DataplaneError::NoProgram { program: name })
@@ -145,7 +150,7 @@ fn load_all(pins: &Pins, definitions: &[Definition], constants: u32) -> Result<E
     let mut loader = EbpfLoader::new();
     for definition in definitions {
         loader.map_max_entries(definition.name, definition.max_entries);
-        loader.map_pin_path(definition.name, Cow::Owned(pins.directory().join(definition.name)));
+        loader.map_pin_path(definition.name, Cow::Owned(pins.map(definition)));
     }
     loader.override_global("FEATURES", &constants, true);
     let mut ebpf = loader.load(&object(constants)).map_err(load_error)?;

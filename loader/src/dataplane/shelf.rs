@@ -53,6 +53,21 @@ impl Shelf {
         self.folder.join(name)
     }
 
+    /// The one that [`Self::keep`] has made in a folder.
+    pub(super) fn kept(folder: &Path) -> Self {
+        Self { parent: folder.to_owned(), folder: folder.to_owned() }
+    }
+
+    /// Pins the programs that are on a shelf in another folder, too, where they stay while others take their place here.
+    pub(super) fn keep(pins: &Pins, folder: &Path) -> Result<(), DataplaneError> {
+        let parent = pins.programs();
+        let Ok(mut shelves) = fs::read_dir(&parent) else { return Ok(()) };
+        // Two are there only if a start was killed between filling one and removing the other: either will do.
+        let Some(shelf) = shelves.next() else { return Ok(()) };
+        let shelf = shelf.map_err(DataplaneError::file("list", &parent))?.path();
+        Self { parent, folder: shelf }.take().map_or(Ok(()), |programs| pin_all(&programs, folder))
+    }
+
     /// Every program, or `None` if one is missing or is something else.
     pub(super) fn take(&self) -> Option<BTreeMap<&'static str, OwnedFd>> {
         if !self.folder.is_dir() {
@@ -74,12 +89,7 @@ impl Shelf {
 
     /// Pins the programs here, and removes those of other builds: what of them is attached works until it is replaced.
     pub(super) fn fill(&self, programs: &BTreeMap<&'static str, OwnedFd>) -> Result<(), DataplaneError> {
-        remove(&self.folder)?;
-        fs::create_dir_all(&self.folder).map_err(DataplaneError::file("create", &self.folder))?;
-        for (name, program) in programs {
-            let pin = self.pin(name);
-            syscall::pin(program.as_fd(), &pin).map_err(DataplaneError::file("pin", &pin))?;
-        }
+        pin_all(programs, &self.folder)?;
         let others = fs::read_dir(&self.parent).map_err(DataplaneError::file("list", &self.parent))?;
         for other in others {
             let other = other.map_err(DataplaneError::file("list", &self.parent))?.path();
@@ -90,6 +100,17 @@ impl Shelf {
         }
         Ok(())
     }
+}
+
+/// Pins programs in a folder of their own.
+fn pin_all(programs: &BTreeMap<&'static str, OwnedFd>, folder: &Path) -> Result<(), DataplaneError> {
+    remove(folder)?;
+    fs::create_dir_all(folder).map_err(DataplaneError::file("create", folder))?;
+    for (name, program) in programs {
+        let pin = folder.join(name);
+        syscall::pin(program.as_fd(), &pin).map_err(DataplaneError::file("pin", &pin))?;
+    }
+    Ok(())
 }
 
 /// Opens a pin that must be this program.

@@ -21,6 +21,14 @@ const LINK_CREATE: i32 = 28;
 const LINK_UPDATE: i32 = 29;
 const LINK_DETACH: i32 = 34;
 
+/// BPF_F_BEFORE, BPF_F_AFTER and BPF_F_LINK for `LINK_CREATE`: before or behind the link that is named.
+const BEFORE: u32 = 1 << 3;
+const AFTER: u32 = 1 << 4;
+const LINK: u32 = 1 << 13;
+
+/// BPF_NOEXIST.
+const ONLY_IF_ABSENT: u64 = 1;
+
 /// BPF_F_RDONLY for `OBJ_GET`.
 const READ_ONLY: u32 = 1 << 3;
 
@@ -128,6 +136,10 @@ struct LinkCreateAttr {
     target_fd: u32,
     attach_type: u32,
     flags: u32,
+    /// The link that this one is placed by.
+    relative_fd: u32,
+    padding: u32,
+    expected_revision: u64,
 }
 
 #[repr(C)]
@@ -188,6 +200,17 @@ pub(super) fn map_update(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::R
     let mut attr = ElementAttr { map_fd: number(map), padding: 0, key: address(key), value: address(value), flags: 0 };
     // SAFETY: `Map` checks both sizes against the kernel's definition when it opens a map; the kernel only reads.
     unsafe { bpf(MAP_UPDATE_ELEM, &mut attr) }.map(drop)
+}
+
+/// Writes one element unless the key is there.
+pub(super) fn map_insert(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
+    let (key, value) = (address(key), address(value));
+    let mut attr = ElementAttr { map_fd: number(map), padding: 0, key, value, flags: ONLY_IF_ABSENT };
+    // SAFETY: `Map` checks both sizes against the kernel's definition when it opens a map; the kernel only reads.
+    match unsafe { bpf(MAP_UPDATE_ELEM, &mut attr) } {
+        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+        result => result.map(drop),
+    }
 }
 
 /// Deletes one element. Returns false if it was not there.
@@ -324,7 +347,19 @@ pub(super) fn link_interface(
     attach_type: AttachType,
     flags: u32,
 ) -> io::Result<OwnedFd> {
-    link_create(number(program), index, attach_type, flags)
+    link_create(number(program), index, attach_type, flags, 0)
+}
+
+/// Attaches a program to an interface's TCX hook, right before that of another link there, or right behind it.
+pub(super) fn link_beside(
+    program: BorrowedFd<'_>,
+    index: u32,
+    attach_type: AttachType,
+    link: BorrowedFd<'_>,
+    before: bool,
+) -> io::Result<OwnedFd> {
+    let place = if before { BEFORE } else { AFTER };
+    link_create(number(program), index, attach_type, place | LINK, number(link))
 }
 
 /// Attaches a program to a cgroup.
@@ -333,11 +368,19 @@ pub(super) fn link_cgroup(
     cgroup: BorrowedFd<'_>,
     attach_type: AttachType,
 ) -> io::Result<OwnedFd> {
-    link_create(number(program), number(cgroup), attach_type, 0)
+    link_create(number(program), number(cgroup), attach_type, 0, 0)
 }
 
-fn link_create(program_fd: u32, target_fd: u32, attach_type: AttachType, flags: u32) -> io::Result<OwnedFd> {
-    let mut attr = LinkCreateAttr { program_fd, target_fd, attach_type: attach_type as u32, flags };
+fn link_create(
+    program_fd: u32,
+    target_fd: u32,
+    attach_type: AttachType,
+    flags: u32,
+    relative_fd: u32,
+) -> io::Result<OwnedFd> {
+    let attach_type = attach_type as u32;
+    let mut attr =
+        LinkCreateAttr { program_fd, target_fd, attach_type, flags, relative_fd, padding: 0, expected_revision: 0 };
     // SAFETY: no addresses; the command returns a descriptor.
     unsafe { bpf_fd(LINK_CREATE, &mut attr) }
 }

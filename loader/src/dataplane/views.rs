@@ -86,8 +86,8 @@ impl PinnedMaps {
         let cpus = possible_cpus();
         Ok(Self {
             maps: Maps::open(directory, true)?,
-            service_counters: Map::open_per_cpu(directory, names::SERVICE_COUNTERS, cpus)?,
-            drop_counters: Map::open_per_cpu(directory, names::DROP_COUNTERS, cpus)?,
+            service_counters: Map::open_per_cpu(directory, names::SERVICE_COUNTERS, true, cpus)?,
+            drop_counters: Map::open_per_cpu(directory, names::DROP_COUNTERS, true, cpus)?,
         })
     }
 
@@ -191,6 +191,6 @@ pub(super) fn table(maps: &Maps, end: u32) -> Result<Vec<u32>, MapError> {
 }
 
 /// How many values an element of a per-CPU map has.
-fn possible_cpus() -> usize {
+pub(super) fn possible_cpus() -> usize {
     aya::util::nr_cpus().unwrap_or(1)
 }

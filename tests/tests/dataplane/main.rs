@@ -8,3 +8,4 @@ mod networks;
 mod pins;
 mod programs;
 mod repair;
+mod resize;

@@ -91,17 +91,10 @@ fn the_settings_and_the_nodes_addresses_are_in_the_config_map() {
 }
 
 #[test]
-fn a_pin_of_another_size_or_layout_is_refused_and_says_what_to_do() {
+fn pins_of_another_layout_are_refused_and_say_what_to_do_and_that_works() {
     in_namespace(|| {
-        let mut bench = Bench::new();
+        let bench = Bench::new();
         drop(bench.open());
-        bench.config.sizes.backends = Some(128);
-        let error = Dataplane::open(&bench.config).err().expect("refused");
-        let text = chain(&error);
-        let pin = bench.pin("backends4").display().to_string();
-        assert!(text.contains(&pin) && text.contains("max_entries is 64, not 128"), "{text}");
-        assert!(text.contains("sheave cleanup"), "{text}");
-        bench.config.sizes.backends = Some(64);
         let map = Map::Array(MapData::from_pin(bench.pin("config")).expect("pinned"));
         let mut map = Array::<MapData, Config>::try_from(map).expect("the config map");
         let config = map.get(&0, 0).expect("its element");
@@ -112,7 +105,24 @@ fn a_pin_of_another_size_or_layout_is_refused_and_says_what_to_do() {
             matches!(error, DataplaneError::IncompatibleLayout { found: 999, expected: e, .. } if e == expected),
             "{error}"
         );
-        map.set(0, config, 0).expect("written");
+        assert!(error.to_string().contains("sheave cleanup"), "{error}");
+        dataplane::cleanup(&bench.config.pin_path).expect("cleaned up");
+        drop(bench.open());
+    });
+}
+
+#[test]
+fn a_pin_of_another_shape_is_refused_and_says_what_to_do_and_that_works() {
+    in_namespace(|| {
+        let bench = Bench::new();
+        drop(bench.open());
+        let pin = bench.pin("frontends4");
+        std::fs::remove_file(&pin).expect("removed");
+        MapData::from_pin(bench.pin("backends4")).expect("pinned").pin(&pin).expect("pinned again");
+        let text = chain(&Dataplane::open(&bench.config).err().expect("refused"));
+        assert!(text.contains(&pin.display().to_string()) && text.contains("key size is 4, not"), "{text}");
+        assert!(text.contains("sheave cleanup"), "{text}");
+        dataplane::cleanup(&bench.config.pin_path).expect("cleaned up");
         drop(bench.open());
     });
 }
