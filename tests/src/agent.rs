@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -10,6 +10,7 @@ use crate::cgroup::Cgroup;
 use crate::leftovers::unique_name;
 use crate::manifests::Manifests;
 use crate::netns::Namespace;
+use crate::patience::patient;
 use crate::process::{Process, built, eventually};
 use crate::topology::Node;
 
@@ -26,6 +27,8 @@ pub struct Agent {
     pins: PathBuf,
     cgroup: Cgroup,
     arguments: Vec<String>,
+    /// The program; the one that is built beside the test if absent.
+    program: Option<PathBuf>,
     process: Option<Process>,
 }
 
@@ -54,6 +57,7 @@ impl Agent {
             pins: Path::new("/sys/fs/bpf").join(unique_name()),
             cgroup: Cgroup::new()?,
             arguments: arguments.iter().map(ToString::to_string).collect(),
+            program: None,
             process: None,
         };
         agent.restart()?;
@@ -66,7 +70,15 @@ impl Agent {
     /// If it ends or isn't ready in time; with its log.
     pub fn restart(&mut self) -> Result<()> {
         self.process = None;
-        let mut command = self.namespace.command(built("sheave")?);
+        let mut process = self.begin()?;
+        process.wait_for(READY, START)?;
+        self.process = Some(process);
+        Ok(())
+    }
+
+    /// Starts it.
+    fn begin(&self) -> Result<Process> {
+        let mut command = self.namespace.command(self.program.clone().map_or_else(|| built("sheave"), Ok)?);
         command.arg("run").args(&self.source).arg("--node-name").arg(&self.node_name);
         command.arg("--pin-path").arg(&self.pins).arg("--cgroup").arg(self.cgroup.path());
         command.args(["--log-format", "text"]);
@@ -74,10 +86,7 @@ impl Agent {
             command.args(["--xdp", "off"]);
         }
         command.args(&self.arguments).env("RUST_BACKTRACE", "1").env("NO_COLOR", "1");
-        let mut process = Process::start(&format!("sheave on {}", self.node_name), &mut command)?;
-        process.wait_for(READY, START)?;
-        self.process = Some(process);
-        Ok(())
+        Process::start(&format!("sheave on {}", self.node_name), &mut command)
     }
 
     /// Starts it again with other arguments.
@@ -87,6 +96,42 @@ impl Agent {
     pub fn restart_with(&mut self, arguments: &[&str]) -> Result<()> {
         self.arguments = arguments.iter().map(ToString::to_string).collect();
         self.restart()
+    }
+
+    /// Starts it again as another build of the program.
+    ///
+    /// # Errors
+    /// As [`Self::restart`].
+    pub fn restart_as(&mut self, program: &Path) -> Result<()> {
+        self.program = Some(program.to_owned());
+        self.restart()
+    }
+
+    /// Starts it again with other arguments, and kills it as soon as its pins are in some state, or else when it serves. The
+    /// next start has these arguments, too.
+    ///
+    /// # Errors
+    /// If it ends by itself, or neither comes in time; with its log.
+    pub fn kill_when(&mut self, arguments: &[&str], state: impl Fn(&Path) -> bool) -> Result<()> {
+        self.process = None;
+        self.arguments = arguments.iter().map(ToString::to_string).collect();
+        let mut process = self.begin()?;
+        let started = Instant::now();
+        // No pause: such states last for less than a millisecond.
+        while !state(&self.pins) && !process.log().contains(READY) {
+            process.check_alive()?;
+            ensure!(started.elapsed() < patient(START), "neither killed nor ready:\n{}", process.log());
+        }
+        process.kill();
+        Ok(())
+    }
+
+    /// Ends it by SIGTERM. Programs and maps stay.
+    ///
+    /// # Errors
+    /// If it fails or doesn't end in time; with its log.
+    pub fn stop(&mut self) -> Result<()> {
+        self.process.take().map_or(Ok(()), |process| process.stop(Duration::from_secs(10)).map(drop))
     }
 
     /// Ends it as `kill -9` does. Programs and maps stay.
