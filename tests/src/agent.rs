@@ -172,6 +172,14 @@ impl Agent {
         command
     }
 
+    /// A command in the caller's own network namespace and in the agent's cgroup.
+    #[must_use]
+    pub fn member_command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = Command::new(program);
+        self.cgroup.adopt(&mut command);
+        command
+    }
+
     /// What one of the views (`services`, `backends`, `conntrack`, `affinity`) prints.
     ///
     /// # Errors
@@ -204,6 +212,20 @@ impl Agent {
             Ok(())
         });
         waited.with_context(|| format!("log of sheave:\n{}", self.log()))
+    }
+
+    /// How often one of its programs has run, on all interfaces together, while the kernel's statistics were on
+    /// ([`aya::sys::enable_stats`]).
+    ///
+    /// # Errors
+    /// If there is no such program.
+    pub fn runs(&self, program: &str) -> Result<u64> {
+        let shelf = std::fs::read_dir(self.pins.join("programs"))?.next().context("no program is pinned")??;
+        let pin = shelf.path().join(program);
+        let shown = self.namespace.output("bpftool", &["-j", "prog", "show", "pinned", &pin.to_string_lossy()])?;
+        let shown: serde_json::Value = serde_json::from_str(&shown)?;
+        // Absent while it is 0.
+        Ok(shown["run_cnt"].as_u64().unwrap_or(0))
     }
 
     /// Runs `sheave cleanup`.

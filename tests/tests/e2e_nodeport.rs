@@ -131,19 +131,6 @@ fn every_connection_through_vxlan_is_answered_with_xdp() -> Result<()> {
 const ALL: [Backends; 3] =
     [Backends::Local, Backends::Remote(NodeNetwork::Plain), Backends::Remote(NodeNetwork::Vxlan)];
 
-/// How often the program behind one of node 1's pinned links ran.
-fn runs(scenario: &Scenario, hook: &str) -> Result<u64> {
-    let link = scenario.agent.pins().join(format!("links/{}_{hook}", scenario.node().link_index("eth0")?));
-    let bpftool = |arguments: &[&str]| -> Result<serde_json::Value> {
-        Ok(serde_json::from_str(&scenario.node().namespace.output("bpftool", arguments)?)?)
-    };
-    let link = bpftool(&["-j", "link", "show", "pinned", &link.to_string_lossy()])?;
-    let program = link["prog_id"].as_u64().with_context(|| format!("no program in {link}"))?;
-    let shown = bpftool(&["-j", "prog", "show", "id", &program.to_string()])?;
-    // Absent while it is 0.
-    Ok(shown["run_cnt"].as_u64().unwrap_or(0))
-}
-
 /// XDP would be attached for nothing, and every packet pay for two programs.
 #[test]
 fn xdp_does_the_work_for_remote_backends_and_tc_hardly_any() -> Result<()> {
@@ -153,9 +140,10 @@ fn xdp_does_the_work_for_remote_backends_and_tc_hardly_any() -> Result<()> {
         let ask = || client::who_and_close(node_at(&scenario, family, PATIENT));
         // Neighbours are learnt first.
         client::many(Some(&scenario.cluster.client), 10, 1, &ask).all_answered()?;
-        let (xdp, tc) = (runs(&scenario, "xdp_native")?, runs(&scenario, "ingress")?);
+        let runs = |program| scenario.agent.runs(program);
+        let (xdp, tc) = (runs("uplink_xdp")?, runs("uplink_ingress")?);
         client::many(Some(&scenario.cluster.client), 1_000, 2, &ask).all_answered()?;
-        let (xdp, tc) = (runs(&scenario, "xdp_native")? - xdp, runs(&scenario, "ingress")? - tc);
+        let (xdp, tc) = (runs("uplink_xdp")? - xdp, runs("uplink_ingress")? - tc);
         ensure!(xdp > 7_000, "{family}: 1000 connections there and back are more than {xdp} frames");
         ensure!(tc < xdp / 20, "{family}: {tc} of {xdp} frames came up to tc");
     }

@@ -35,6 +35,13 @@ pub(crate) struct TestProgram {
     serial: bool,
 }
 
+impl TestProgram {
+    /// What needs root shares the machine; program tests share nothing.
+    pub(crate) fn one_at_a_time(&self) -> bool {
+        self.serial && self.name != "program"
+    }
+}
+
 /// Numbers of tests.
 #[derive(Default)]
 pub(crate) struct Summary {
@@ -106,8 +113,7 @@ pub(crate) fn build(chosen: &[&str]) -> Result<Vec<TestProgram>> {
 /// Runs one test program, showing its output as it comes.
 fn run_one(program: &TestProgram, options: &Options) -> Result<(Summary, bool)> {
     let mut command = if program.serial { process::root(&program.path) } else { Command::new(&program.path) };
-    // What needs root shares the machine; program tests share nothing.
-    if program.serial && program.name != "program" {
+    if program.one_at_a_time() {
         command.arg("--test-threads=1");
     }
     command.args(&options.passed_on).current_dir(&program.folder).stdin(Stdio::null()).stdout(Stdio::piped());

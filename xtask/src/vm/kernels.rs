@@ -45,6 +45,12 @@ impl Kernel {
         Ok(Self { release, image, modules })
     }
 
+    /// Its version's first two numbers: `6.12`.
+    pub(super) fn name(&self) -> String {
+        let (major, minor) = self.version();
+        format!("{major}.{minor}")
+    }
+
     /// Its version's first two numbers, by which kernels are compared.
     pub(super) fn version(&self) -> (u32, u32) {
         let mut numbers = self.release.split(['.', '-']).map_while(|number| number.parse().ok());

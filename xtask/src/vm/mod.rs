@@ -1,8 +1,8 @@
 //! `cargo xtask vm`: boots real kernels in QEMU with what was built inside.
 //!
 //! `kernels` finds a kernel, `debian` downloads Debian's, `image` makes its first file system, and `machine` runs it. `testing`
-//! and `bench` say what runs there, and `cost` keeps what the kernels' verifiers say about the programs. Nothing is
-//! installed: kernels and images lie in `target/vm`.
+//! and `bench` say what runs there, `cost` keeps what the kernels' verifiers say about the programs, and `times` how long the
+//! tests took. Nothing is installed: kernels and images lie in `target/vm`.
 
 mod bench;
 mod cost;
@@ -12,6 +12,7 @@ mod kernels;
 mod machine;
 mod selection;
 mod testing;
+mod times;
 
 use std::path::{Path, PathBuf};
 

@@ -7,20 +7,15 @@ use super::machine::Accelerator;
 pub(super) const LOADING: &str = "kernel";
 
 /// Test targets that run where the processor is emulated, in this order, and parts of the names of the tests in them; all of
-/// them if there are none. Loading the programs takes a minute there, so each is a test of few clusters, and together they
-/// ask ClusterIPs by TCP, UDP and ICMP, nodePorts with SNAT by tc and by XDP, and at connect time, with affinity and over
-/// a restart, in both families.
-pub(super) const EMULATED: &[(&str, &[&str])] = &[
-    (LOADING, &[]),
-    ("program", &[]),
-    ("e2e_clusterip", &["datagrams_go_both_ways", "clients_with_affinity_stay_with_their_pod"]),
-    ("e2e_pings", &[]),
-    ("e2e_nodeport", &["a_transfer_over_a_narrower_road_succeeds"]),
-    ("e2e_host", &["a_host_process_asks_by_datagram"]),
-    ("e2e_lifecycle", &["a_change_made_while_sheave_was_down_is_caught_up"]),
-];
+/// them if there are none. Of the tests of single programs, those in which the kernel has most to say: about routes, the
+/// widths of roads, and neighbours. The others would take a quarter of an hour for each kernel.
+pub(super) const EMULATED: &[(&str, &[&str])] =
+    &[(LOADING, &[]), ("e2e_every_way", &[]), (PROGRAM, &["nodeport::", "icmp::"])];
 
-/// Tests that can't run in some machines.
+/// The target that runs single programs by BPF_PROG_TEST_RUN.
+pub(super) const PROGRAM: &str = "program";
+
+/// Tests of the target [`PROGRAM`] that can't run in some machines.
 struct LeftOut {
     why: &'static str,
     /// Parts of their names.
@@ -47,7 +42,7 @@ const LEFT_OUT: &[LeftOut] = &[
     },
 ];
 
-/// Parts of names of tests that are left out in a machine, with the reason.
+/// Parts of names of tests of the target [`PROGRAM`] that are left out in a machine, with the reason.
 pub(super) fn left_out(kernel: &Kernel, accelerator: Accelerator) -> Vec<(&'static str, &'static [&'static str])> {
     let applies = |entry: &&LeftOut| match entry.since {
         Some(version) => kernel.version() < version,

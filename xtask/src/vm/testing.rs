@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
@@ -11,7 +11,8 @@ use super::cost::Costs;
 use super::kernels::{self, Kernel};
 use super::machine::{Accelerator, Machine};
 use super::quote;
-use super::selection::{EMULATED, LOADING, left_out};
+use super::selection::{EMULATED, LOADING, PROGRAM, left_out};
+use super::times::{self, RUNNING, Times};
 use crate::process;
 use crate::test::{self, Summary, TestProgram};
 
@@ -25,7 +26,7 @@ pub(crate) struct Options {
     /// `lib/modules` unless everything is built in
     #[arg(long, default_value = "all")]
     kernel: String,
-    /// Only load and attach the programs, on as many kernels at once as there are processors
+    /// Only load and attach the programs
     #[arg(long)]
     load_only: bool,
     /// Only test targets whose name contains this; also those that are left out under emulation
@@ -40,23 +41,26 @@ pub(crate) struct Options {
 }
 
 /// What became of one kernel.
-struct Outcome {
-    release: String,
+struct Outcome<'a> {
+    kernel: &'a Kernel,
     summary: Summary,
+    times: Times,
+    took: Duration,
     succeeded: bool,
 }
 
 pub(super) fn run(options: &Options) -> Result<()> {
     let folder = process::target_directory()?.join("vm");
     let kernels = kernels::chosen(&options.kernel, &folder)?;
-    let programs = build(options)?;
     let machines = kernels.iter().map(|kernel| Machine::new(kernel, &folder)).collect::<Result<Vec<_>>>()?;
     let accelerator = machines.first().map_or(Accelerator::Emulation, Machine::probe);
+    let programs = build(options, accelerator)?;
     let costs = Mutex::new(Costs::default());
-    // Tests of traffic have the machine to themselves.
-    let at_once = if options.load_only { std::thread::available_parallelism()?.get() } else { 1 };
+    // Where everything is fast, tests of traffic have the processors to themselves; emulated ones are patient.
+    let alone = accelerator == Accelerator::Kvm && !options.load_only;
+    let at_once = if alone { 1 } else { std::thread::available_parallelism()?.get() };
     let queue = Mutex::new(machines.iter());
-    let work = || -> Result<Vec<Outcome>> {
+    let work = || -> Result<Vec<Outcome<'_>>> {
         let mut outcomes = Vec::new();
         loop {
             let Some(machine) = queue.lock().unwrap_or_else(PoisonError::into_inner).next() else {
@@ -65,7 +69,7 @@ pub(super) fn run(options: &Options) -> Result<()> {
             outcomes.push(run_one(machine, accelerator, &programs, options, &costs)?);
         }
     };
-    let outcomes = std::thread::scope(|scope| -> Result<Vec<Outcome>> {
+    let mut outcomes = std::thread::scope(|scope| -> Result<Vec<Outcome<'_>>> {
         let workers: Vec<_> = (0..at_once).map(|_| scope.spawn(work)).collect();
         let mut all = Vec::new();
         for worker in workers {
@@ -73,51 +77,58 @@ pub(super) fn run(options: &Options) -> Result<()> {
         }
         Ok(all)
     })?;
-    report(&kernels, &outcomes, options, &costs.into_inner().unwrap_or_else(PoisonError::into_inner))
+    outcomes.sort_by_key(|outcome| outcome.kernel.version());
+    report(&outcomes, options, &costs.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
-fn run_one(
-    machine: &Machine<'_>,
+fn run_one<'a>(
+    machine: &Machine<'a>,
     accelerator: Accelerator,
     programs: &[TestProgram],
     options: &Options,
     costs: &Mutex<Costs>,
-) -> Result<Outcome> {
+) -> Result<Outcome<'a>> {
     let kernel = machine.kernel();
-    let (major, minor) = kernel.version();
+    let name = kernel.name();
     println!("\nvm: Linux {} ({accelerator})", kernel.release);
     let mut skipped = Vec::new();
     if !options.load_only {
         for (why, tests) in left_out(kernel, accelerator) {
-            println!("vm: left out: {} ({why})", tests.join(", "));
+            println!("vm: left out of {PROGRAM}: {} ({why})", tests.join(", "));
             skipped.extend_from_slice(tests);
         }
     }
     let script = script(programs, options, accelerator, &skipped);
     let limit = if options.load_only { LOADING_LIMIT } else { TESTING_LIMIT };
-    let mut summary = Summary::default();
+    let (mut summary, mut times) = (Summary::default(), Times::default());
+    let started = Instant::now();
     let succeeded = machine.run(accelerator, &script, limit, |line| {
         summary.add(line);
+        times.read(line);
         if !costs.lock().unwrap_or_else(PoisonError::into_inner).read(line) {
-            println!("{major}.{minor:<3}| {line}");
+            println!("{name:<4} {:>4} s | {line}", started.elapsed().as_secs());
         }
     })?;
-    Ok(Outcome { release: kernel.release.clone(), succeeded: succeeded && summary.passed > 0, summary })
+    let succeeded = succeeded && summary.passed > 0;
+    Ok(Outcome { kernel, succeeded, summary, times, took: started.elapsed() })
 }
 
-/// Shows costs and verdicts in the kernels' order.
-fn report(kernels: &[Kernel], outcomes: &[Outcome], options: &Options, costs: &Costs) -> Result<()> {
+/// Shows costs, times and verdicts.
+fn report(outcomes: &[Outcome<'_>], options: &Options, costs: &Costs) -> Result<()> {
     println!("\n{}", costs.table());
     if options.update_costs {
         costs.update(Path::new("tests/verifier-cost.md"))?;
     }
+    let times: Vec<_> = outcomes.iter().map(|outcome| (outcome.kernel.name(), &outcome.times)).collect();
+    println!("{}", times::table(&times));
     let mut failed = Vec::new();
-    for kernel in kernels {
-        let Some(outcome) = outcomes.iter().find(|outcome| outcome.release == kernel.release) else { continue };
+    for outcome in outcomes {
+        let release = outcome.kernel.release.as_str();
         let verdict = if outcome.succeeded { "ok" } else { "FAILED" };
-        println!("{:<24} {verdict}, {}", outcome.release, outcome.summary);
+        let minutes = outcome.took.as_secs_f64() / 60.0;
+        println!("{release:<24} {verdict} after {minutes:.1} minutes, {}", outcome.summary);
         if !outcome.succeeded {
-            failed.push(outcome.release.as_str());
+            failed.push(release);
         }
     }
     if !failed.is_empty() {
@@ -126,42 +137,39 @@ fn report(kernels: &[Kernel], outcomes: &[Outcome], options: &Options, costs: &C
     Ok(())
 }
 
-/// The test programs that may be wanted.
-fn build(options: &Options) -> Result<Vec<TestProgram>> {
-    let arguments = ["--package", "sheave-tests"];
-    if options.load_only {
-        return test::build(&[&arguments[..], &["--test", LOADING]].concat());
+/// The test programs that are wanted.
+fn build(options: &Options, accelerator: Accelerator) -> Result<Vec<TestProgram>> {
+    if !options.load_only {
+        process::run(&mut process::cargo(&["build", "--package", "sheave", "--package", "sheave-tests", "--bins"]))?;
     }
-    process::run(&mut process::cargo(&["build", "--package", "sheave", "--package", "sheave-tests", "--bins"]))?;
-    test::build(&[&arguments[..], &["--tests"]].concat())
+    let targets: Vec<String> = match &options.only {
+        Some(only) => vec![format!("--test=*{only}*")],
+        None if options.load_only => vec![format!("--test={LOADING}")],
+        None if accelerator == Accelerator::Kvm => vec!["--tests".to_owned()],
+        None => EMULATED.iter().map(|(name, _)| format!("--test={name}")).collect(),
+    };
+    let arguments = ["--package", "sheave-tests"].into_iter().chain(targets.iter().map(String::as_str));
+    test::build(&arguments.collect::<Vec<_>>())
 }
 
-/// The test programs that run, each with parts of names of its tests: everything where the processor helps, a selection where
-/// it is emulated.
-fn chosen<'a>(
+/// The test programs in the order in which they run, each with parts of names of its tests, or none for all of them.
+fn ordered<'a>(
     programs: &'a [TestProgram],
     options: &Options,
     accelerator: Accelerator,
 ) -> Vec<(&'a TestProgram, &'static [&'static str])> {
-    if let Some(only) = &options.only {
-        return programs
-            .iter()
-            .filter(|program| program.name.contains(only.as_str()))
-            .map(|program| (program, &[][..]))
-            .collect();
-    }
     let rank = |program: &TestProgram| EMULATED.iter().position(|(name, _)| *name == program.name);
-    let mut chosen: Vec<_> = programs
+    let all = options.only.is_some() || accelerator == Accelerator::Kvm;
+    let mut ordered: Vec<_> = programs
         .iter()
-        .filter(|program| accelerator == Accelerator::Kvm || rank(program).is_some())
-        .map(|program| match (accelerator, rank(program)) {
-            (Accelerator::Emulation, Some(rank)) => (program, EMULATED[rank].1),
+        .map(|program| match rank(program) {
+            Some(rank) if !all => (program, EMULATED[rank].1),
             _ => (program, &[][..]),
         })
         .collect();
     // First whether the programs load and attach at all.
-    chosen.sort_by_key(|(program, _)| rank(program).unwrap_or(usize::MAX));
-    chosen
+    ordered.sort_by_key(|(program, _)| rank(program).unwrap_or(usize::MAX));
+    ordered
 }
 
 /// What the guest runs: every test program, whatever became of the one before; its status is the worst.
@@ -170,13 +178,18 @@ fn script(programs: &[TestProgram], options: &Options, accelerator: Accelerator,
     if options.update_costs {
         script += "export SHEAVE_ACCEPT_COSTS=1\n";
     }
-    for (program, tests) in chosen(programs, options, accelerator) {
-        let mut arguments = vec!["--test-threads=1".to_owned(), "--color=never".to_owned()];
+    for (program, tests) in ordered(programs, options, accelerator) {
+        let mut arguments = vec!["--color=never".to_owned()];
+        if program.one_at_a_time() {
+            arguments.push("--test-threads=1".to_owned());
+        }
         if program.name == LOADING {
             // Its output has the costs.
             arguments.push("--nocapture".to_owned());
         } else {
-            arguments.extend(skipped.iter().flat_map(|name| ["--skip".to_owned(), (*name).to_owned()]));
+            if program.name == PROGRAM {
+                arguments.extend(skipped.iter().flat_map(|name| ["--skip".to_owned(), (*name).to_owned()]));
+            }
             if options.passed_on.is_empty() {
                 arguments.extend(tests.iter().map(ToString::to_string));
             }
@@ -184,7 +197,7 @@ fn script(programs: &[TestProgram], options: &Options, accelerator: Accelerator,
         }
         let arguments: Vec<String> = arguments.iter().map(|argument| quote(argument)).collect();
         script += &format!(
-            "echo; echo '     Running {}'\ncd {} && {} {} || status=1\n",
+            "echo; echo '{RUNNING}{}'\ncd {} && {} {} || status=1\n",
             program.name,
             quote(&program.folder.to_string_lossy()),
             quote(&program.path.to_string_lossy()),
