@@ -120,6 +120,11 @@ fn find_changing<A: Family>(
         return false;
     } else if let Some(element) = A::flow(Table::HalfOpen, &packet.key) {
         (element, Table::HalfOpen)
+    } else if packet.tcp_flags & tcp::SYN == 0
+        && let Some(element) = A::flow(Table::Established, &packet.key)
+    {
+        // Another CPU moved it between the two looks.
+        (element, Table::Established)
     } else {
         return false;
     };

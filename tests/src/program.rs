@@ -426,6 +426,11 @@ impl Programs {
         Ok(BackendSet { first, length: u32::try_from(ids.len())? })
     }
 
+    /// A tc program by itself, which another thread can run meanwhile; its packets come in by the loopback device.
+    pub fn detach(&mut self, name: &str) -> Result<raw_bpf::Program> {
+        Ok(self.classifier(name)?.fd()?.as_fd().try_clone_to_owned()?.into())
+    }
+
     /// Runs a tc program once.
     pub fn tc(&mut self, program: &str, packet: &[u8], context: SkbContext) -> Result<Outcome> {
         self.tc_repeated(program, packet, context, 1)
@@ -433,13 +438,7 @@ impl Programs {
 
     /// Runs a tc program again and again on what it has made of the packet; the outcome is the last run's.
     pub fn tc_repeated(&mut self, program: &str, packet: &[u8], context: SkbContext, repeat: u32) -> Result<Outcome> {
-        let name = program;
-        let program: &mut SchedClassifier =
-            self.bpf.program_mut(name).with_context(|| format!("no program {name}"))?.try_into()?;
-        // At its first run: the kernel's verifier takes its time over each.
-        if program.fd().is_err() {
-            program.load().with_context(|| format!("loading {name}"))?;
-        }
+        let program = self.classifier(program)?;
         let mut skb = [0_u8; SK_BUFF];
         for (offset, value) in [
             (SK_BUFF_IFINDEX, context.ifindex),
@@ -459,6 +458,16 @@ impl Programs {
         })?;
         out.truncate(usize::try_from(result.data_size_out)?);
         Ok(Outcome { action: result.return_value.cast_signed(), packet: out, duration: result.duration })
+    }
+
+    /// A tc program, loaded when it is asked for first: the kernel's verifier takes its time over each.
+    fn classifier(&mut self, name: &str) -> Result<&mut SchedClassifier> {
+        let program: &mut SchedClassifier =
+            self.bpf.program_mut(name).with_context(|| format!("no program {name}"))?.try_into()?;
+        if program.fd().is_err() {
+            program.load().with_context(|| format!("loading {name}"))?;
+        }
+        Ok(program)
     }
 
     /// Runs the XDP program once, as if the frame had come in by an interface of the calling thread's namespace.

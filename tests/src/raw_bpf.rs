@@ -76,6 +76,13 @@ pub fn element_address(register: u8, array: &Array) -> [u64; 2] {
 #[derive(Debug)]
 pub struct Program(OwnedFd);
 
+impl From<OwnedFd> for Program {
+    /// One that another loader has loaded.
+    fn from(descriptor: OwnedFd) -> Self {
+        Self(descriptor)
+    }
+}
+
 impl Program {
     /// Loads one.
     ///

@@ -87,6 +87,8 @@ fn run(task: &Task) -> Result<()> {
     }
 }
 
+/// The checkout that this task was started in: with a target directory of several checkouts, another one may have built it.
 fn repository() -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+    let xtask = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    PathBuf::from(xtask).join("..")
 }

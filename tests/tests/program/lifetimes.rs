@@ -1,11 +1,14 @@
 //! What a flow lives through: both directions on different CPUs, ports used again, floods.
 
+use std::sync::Barrier;
+
 use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::backend::Backend;
 use sheave_common::flow::{Flow, FlowKey, closing, flags, state};
 use sheave_common::{Ipv4Address, PROTOCOL_TCP, names};
 use sheave_tests::packet::{ACK, FIN, PSH, Packet, RST, SYN, View};
 use sheave_tests::program::{NEXT, Programs};
+use sheave_tests::raw_bpf;
 
 use crate::{BACKEND, CLIENT, VIP, cluster_ip, handshake, pod, two_services};
 
@@ -170,4 +173,40 @@ fn a_syn_flood_evicts_no_established_flow() {
     assert_eq!(View(&there.packet).tuple(), format!("{CLIENT} → {BACKEND}"));
     let back = pod(&mut programs, "pod_egress", &Packet::tcp(BACKEND, CLIENT, PSH | ACK).payload(b"y").build());
     assert_eq!(View(&back.packet).tuple(), format!("{VIP} → {CLIENT}"));
+}
+
+/// Now and then a new connection would be reset: a handshake's last ACK and the request right after it are often two CPUs' work, and
+/// one of them moves the flow from one map to the other while the other one looks for it.
+#[test]
+fn a_flow_is_found_while_another_cpu_moves_it_to_the_established_map() {
+    const CONNECTIONS: u32 = 30_000;
+    const AT_ONCE: usize = 100;
+    let mut programs = two_services();
+    let ingress = [programs.detach("pod_ingress").unwrap(), programs.detach("pod_ingress").unwrap()];
+    let egress = programs.detach("pod_egress").unwrap();
+    let clients: Vec<String> =
+        (0..CONNECTIONS).map(|n| format!("10.2.{}.{}:{}", n >> 8 & 0xff, n & 0xff, 40_000 + (n >> 16))).collect();
+    let (opened, asked) = (Barrier::new(2), Barrier::new(2));
+    let request = |program: &raw_bpf::Program, client: &String| {
+        let out = program.run(&Packet::tcp(client, VIP, PSH | ACK).payload(b"x").build(), 1).unwrap();
+        out.action == NEXT && View(&out.packet).tuple() == format!("{client} → {BACKEND}")
+    };
+    let ask = |program: &raw_bpf::Program, clients: &[String]| {
+        opened.wait();
+        let refused = clients.iter().filter(|client| !request(program, client)).count();
+        asked.wait();
+        refused
+    };
+    let refused: usize = std::thread::scope(|scope| {
+        let other_cpu = scope.spawn(|| clients.chunks(AT_ONCE).map(|clients| ask(&ingress[1], clients)).sum::<usize>());
+        let this_cpu = clients.chunks(AT_ONCE).map(|clients| {
+            for client in clients {
+                ingress[0].run(&Packet::tcp(client, VIP, SYN).build(), 1).unwrap();
+                egress.run(&Packet::tcp(BACKEND, client, SYN | ACK).build(), 1).unwrap();
+            }
+            ask(&ingress[0], clients)
+        });
+        this_cpu.sum::<usize>() + other_cpu.join().unwrap()
+    });
+    assert_eq!(refused, 0, "requests of {CONNECTIONS} connections were not translated");
 }

@@ -18,8 +18,10 @@ use crate::goal::{Goal, Reach};
 use crate::progress::Progress;
 use crate::statistics::paired;
 
-/// How often a lap is tried until it fits into one second.
+/// How often two laps are tried until they fit into one second.
 const TRIES: u32 = 6;
+/// A lap that takes longer than this, in nanoseconds, is not tried again: two of them don't.
+const LONGEST: f64 = 0.5e9;
 
 /// Samples of one circle.
 #[derive(Default)]
@@ -102,7 +104,7 @@ where
                 laps.established.push(again - nothing);
                 break;
             }
-            if attempt == TRIES {
+            if attempt == TRIES || first * f64::from(circle.length) > LONGEST {
                 break;
             }
         }
