@@ -1,4 +1,4 @@
-//! Development tasks: `cargo xtask setup | build | test | vm | demo | bench`.
+//! Development tasks: `cargo xtask setup | build | image | test | vm | demo | bench`.
 //!
 //! Each task first sets up what it needs and says in plain words what it installs; on a machine where nothing is
 //! missing that takes no time.
@@ -6,6 +6,8 @@
 mod apt;
 mod bench;
 mod demo;
+mod image;
+mod oci;
 mod process;
 mod setup;
 mod test;
@@ -35,6 +37,8 @@ enum Task {
         #[arg(long)]
         release: bool,
     },
+    /// Make the container image, in target/image, as an OCI archive
+    Image(image::Options),
     /// Build and run every test; those that need it run as root
     Test(test::Options),
     /// Boot other kernels in virtual machines
@@ -67,6 +71,10 @@ fn run(task: &Task) -> Result<()> {
                 cargo.arg("--release");
             }
             process::run(&mut cargo)
+        }
+        Task::Image(options) => {
+            setup::run(setup::Need::Building)?;
+            image::run(options)
         }
         Task::Test(options) => {
             setup::run(setup::Need::Everything)?;

@@ -47,6 +47,7 @@ const TOOLS: &[Tool] = &[
         packages: ["kubernetes-client", "kubernetes-client", "kubectl"],
         purpose: "makes a Service as people do",
     },
+    Tool { program: "crun", packages: ["crun", "crun", "crun"], purpose: "runs the container image" },
 ];
 
 /// Programs that only `cargo xtask vm` calls. busybox is the static one: it runs where there is no C library.

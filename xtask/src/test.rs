@@ -11,10 +11,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
-use crate::process;
+use crate::{image, process};
 
 /// A test program that runs longer than this hangs.
 const LIMIT: Duration = Duration::from_secs(20 * 60);
+
+/// The target that runs the container image.
+pub(crate) const CONTAINER: &str = "e2e_container";
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -51,6 +54,10 @@ pub(crate) struct Summary {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
+    if options.only.as_ref().is_none_or(|only| CONTAINER.contains(only.as_str())) {
+        // Before the binaries: cargo puts the static one in the same place.
+        image::build_for_tests()?;
+    }
     process::run(&mut process::cargo(&["build", "--package", "sheave", "--package", "sheave-tests", "--bins"]))?;
     let mut programs = build(&["--workspace", "--exclude", "sheave-ebpf"])?;
     // What logs every packet must load as well; it is another object, so another build.

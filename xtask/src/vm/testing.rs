@@ -13,8 +13,8 @@ use super::machine::{Accelerator, Machine};
 use super::quote;
 use super::selection::{EMULATED, LOADING, PROGRAM, left_out};
 use super::times::{self, RUNNING, Times};
-use crate::process;
-use crate::test::{self, Summary, TestProgram};
+use crate::test::{self, CONTAINER, Summary, TestProgram};
+use crate::{image, process};
 
 /// The longest that one kernel may take.
 const LOADING_LIMIT: Duration = Duration::from_secs(15 * 60);
@@ -140,6 +140,10 @@ fn report(outcomes: &[Outcome<'_>], options: &Options, costs: &Costs) -> Result<
 /// The test programs that are wanted.
 fn build(options: &Options, accelerator: Accelerator) -> Result<Vec<TestProgram>> {
     if !options.load_only {
+        let all = accelerator == Accelerator::Kvm;
+        if options.only.as_ref().map_or(all, |only| CONTAINER.contains(only.as_str())) {
+            image::build_for_tests()?;
+        }
         process::run(&mut process::cargo(&["build", "--package", "sheave", "--package", "sheave-tests", "--bins"]))?;
     }
     let targets: Vec<String> = match &options.only {
