@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::io::Write as _;
-use std::path::PathBuf;
-use std::process::Stdio;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
 
 use crate::netns::Namespace;
 
@@ -74,4 +75,25 @@ impl Drop for Kubectl {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.folder);
     }
+}
+
+/// What `kubectl kustomize` makes of a folder.
+///
+/// # Errors
+/// If kubectl isn't there or fails; with what it said.
+pub fn kustomize(folder: &Path) -> Result<Vec<Value>> {
+    let output = Command::new("kubectl").arg("kustomize").arg(folder).output();
+    let output = output.context("cannot run kubectl (`cargo xtask setup` installs it on Debian)")?;
+    ensure!(output.status.success(), "kubectl kustomize: {}", String::from_utf8_lossy(&output.stderr));
+    documents(std::str::from_utf8(&output.stdout)?)
+}
+
+/// The objects of a YAML text, whose documents are parted by lines of `---`.
+///
+/// # Errors
+/// If one isn't YAML.
+pub fn documents(text: &str) -> Result<Vec<Value>> {
+    let documents = text.split("\n---\n").map(|document| document.trim_start_matches("---\n"));
+    let is_empty = |text: &str| text.lines().all(|line| line.trim().is_empty() || line.trim().starts_with('#'));
+    documents.filter(|document| !is_empty(document)).map(|text| Ok(serde_saphyr::from_str(text)?)).collect()
 }

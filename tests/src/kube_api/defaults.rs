@@ -24,11 +24,11 @@ pub(super) fn fill(
     match resource {
         Resource::Services => service(object, old, others),
         Resource::EndpointSlices => slice(object),
-        Resource::Nodes | Resource::Events | Resource::ServiceCidrs => Ok(()),
         Resource::Namespaces => {
             default(&mut object["status"], "phase", json!("Active"));
             Ok(())
         }
+        _ => Ok(()),
     }
 }
 

@@ -4,6 +4,9 @@ use serde_json::{Value, json};
 
 use super::store::Resource;
 
+/// Groups other than the core's; each has one version, v1.
+const GROUPS: [&str; 5] =
+    ["apps", "discovery.k8s.io", "events.k8s.io", "networking.k8s.io", "rbac.authorization.k8s.io"];
 const VERBS: [&str; 7] = ["create", "delete", "get", "list", "patch", "update", "watch"];
 
 /// The document of a path; `None` for a path of another sort.
@@ -12,18 +15,19 @@ pub(super) fn document(path: &str) -> Option<Value> {
         let version = json!({"groupVersion": format!("{name}/v1"), "version": "v1"});
         json!({"name": name, "versions": [version], "preferredVersion": version})
     };
-    let groups = [group("discovery.k8s.io"), group("events.k8s.io"), group("networking.k8s.io")];
+    let groups = GROUPS.map(group);
     Some(match path.trim_end_matches('/') {
         "/api" => json!({"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []}),
         "/apis" => json!({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}),
         "/api/v1" => resources("v1"),
-        "/apis/discovery.k8s.io/v1" => resources("discovery.k8s.io/v1"),
-        "/apis/events.k8s.io/v1" => resources("events.k8s.io/v1"),
-        "/apis/networking.k8s.io/v1" => resources("networking.k8s.io/v1"),
         "/version" => json!({"major": "1", "minor": "33", "gitVersion": "v1.33.0", "gitCommit": "",
             "gitTreeState": "clean", "buildDate": "2025-01-01T00:00:00Z", "goVersion": "", "compiler": "",
             "platform": "linux/amd64"}),
-        _ => return None,
+        path => {
+            let version = path.strip_prefix("/apis/")?;
+            let group = version.strip_suffix("/v1")?;
+            GROUPS.contains(&group).then(|| resources(version))?
+        }
     })
 }
 

@@ -1,5 +1,5 @@
-//! An in-process Kubernetes API: Services, EndpointSlices, Nodes, Namespaces, Events and ServiceCIDRs over HTTP, as much of
-//! it as a controller meets (pages, selectors, watches with bookmarks, an end to history, servers that fail) and as
+//! An in-process Kubernetes API: Services, EndpointSlices, Nodes, Namespaces, Events and ServiceCIDRs over HTTP, and what
+//! `deploy/` installs; as much of it as a controller meets (pages, selectors, watches with bookmarks, an end to history, servers that fail) and as
 //! `kubectl` needs to create, get, patch, replace and delete them.
 //!
 //! It runs on a thread of its own, so everything here can be called from tests that are async and from those that are
@@ -145,7 +145,7 @@ impl KubeApi {
         version
     }
 
-    /// Deletes an object; one that isn't there stays gone. Nodes, Namespaces and ServiceCIDRs are in the namespace "".
+    /// Deletes an object; one that isn't there stays gone. What lives in no namespace is in "".
     pub fn delete(&self, resource: Resource, namespace: &str, name: &str) {
         self.shared.store().delete(resource, namespace, name);
         self.shared.wake();

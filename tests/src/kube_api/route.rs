@@ -17,10 +17,8 @@ impl Route {
     pub(super) fn parse(path: &str) -> Option<Self> {
         let parts: Vec<&str> = path.split('/').skip(1).filter(|part| !part.is_empty()).collect();
         let (group, rest) = match parts.as_slice() {
-            ["api", "v1", rest @ ..] => ("v1", rest),
-            ["apis", "discovery.k8s.io", "v1", rest @ ..] => ("discovery.k8s.io/v1", rest),
-            ["apis", "events.k8s.io", "v1", rest @ ..] => ("events.k8s.io/v1", rest),
-            ["apis", "networking.k8s.io", "v1", rest @ ..] => ("networking.k8s.io/v1", rest),
+            ["api", "v1", rest @ ..] => ("v1".to_owned(), rest),
+            ["apis", group, "v1", rest @ ..] => (format!("{group}/v1"), rest),
             _ => return None,
         };
         let (namespace, rest) = match rest {

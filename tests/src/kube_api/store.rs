@@ -21,11 +21,32 @@ pub enum Resource {
     Events,
     /// networking.k8s.io/v1 ServiceCIDR
     ServiceCidrs,
+    /// v1 ServiceAccount
+    ServiceAccounts,
+    /// v1 ConfigMap
+    ConfigMaps,
+    /// apps/v1 DaemonSet
+    DaemonSets,
+    /// rbac.authorization.k8s.io/v1 ClusterRole
+    ClusterRoles,
+    /// rbac.authorization.k8s.io/v1 ClusterRoleBinding
+    ClusterRoleBindings,
 }
 
 impl Resource {
-    pub(super) const ALL: [Self; 6] =
-        [Self::Services, Self::EndpointSlices, Self::Nodes, Self::Namespaces, Self::Events, Self::ServiceCidrs];
+    pub(super) const ALL: [Self; 11] = [
+        Self::Services,
+        Self::EndpointSlices,
+        Self::Nodes,
+        Self::Namespaces,
+        Self::Events,
+        Self::ServiceCidrs,
+        Self::ServiceAccounts,
+        Self::ConfigMaps,
+        Self::DaemonSets,
+        Self::ClusterRoles,
+        Self::ClusterRoleBindings,
+    ];
 
     pub(super) const fn kind(self) -> &'static str {
         match self {
@@ -35,6 +56,11 @@ impl Resource {
             Self::Namespaces => "Namespace",
             Self::Events => "Event",
             Self::ServiceCidrs => "ServiceCIDR",
+            Self::ServiceAccounts => "ServiceAccount",
+            Self::ConfigMaps => "ConfigMap",
+            Self::DaemonSets => "DaemonSet",
+            Self::ClusterRoles => "ClusterRole",
+            Self::ClusterRoleBindings => "ClusterRoleBinding",
         }
     }
 
@@ -46,13 +72,21 @@ impl Resource {
             Self::Namespaces => "namespaces",
             Self::Events => "events",
             Self::ServiceCidrs => "servicecidrs",
+            Self::ServiceAccounts => "serviceaccounts",
+            Self::ConfigMaps => "configmaps",
+            Self::DaemonSets => "daemonsets",
+            Self::ClusterRoles => "clusterroles",
+            Self::ClusterRoleBindings => "clusterrolebindings",
         }
     }
 
     pub(super) const fn short_names(self) -> &'static [&'static str] {
         match self {
             Self::Services => &["svc"],
-            Self::EndpointSlices | Self::ServiceCidrs => &[],
+            Self::EndpointSlices | Self::ServiceCidrs | Self::ClusterRoles | Self::ClusterRoleBindings => &[],
+            Self::ServiceAccounts => &["sa"],
+            Self::ConfigMaps => &["cm"],
+            Self::DaemonSets => &["ds"],
             Self::Nodes => &["no"],
             Self::Namespaces => &["ns"],
             Self::Events => &["ev"],
@@ -61,15 +95,27 @@ impl Resource {
 
     pub(super) const fn api_version(self) -> &'static str {
         match self {
-            Self::Services | Self::Nodes | Self::Namespaces => "v1",
+            Self::Services | Self::Nodes | Self::Namespaces | Self::ServiceAccounts | Self::ConfigMaps => "v1",
             Self::EndpointSlices => "discovery.k8s.io/v1",
             Self::Events => "events.k8s.io/v1",
             Self::ServiceCidrs => "networking.k8s.io/v1",
+            Self::DaemonSets => "apps/v1",
+            Self::ClusterRoles | Self::ClusterRoleBindings => "rbac.authorization.k8s.io/v1",
         }
     }
 
     pub(super) const fn is_namespaced(self) -> bool {
-        matches!(self, Self::Services | Self::EndpointSlices | Self::Events)
+        match self {
+            Self::Services
+            | Self::EndpointSlices
+            | Self::Events
+            | Self::ServiceAccounts
+            | Self::ConfigMaps
+            | Self::DaemonSets => true,
+            Self::Nodes | Self::Namespaces | Self::ServiceCidrs | Self::ClusterRoles | Self::ClusterRoleBindings => {
+                false
+            }
+        }
     }
 
     fn of_kind(kind: &str) -> Option<Self> {
