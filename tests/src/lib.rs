@@ -10,6 +10,7 @@ pub mod api_server;
 pub mod cgroup;
 pub mod client;
 pub mod config;
+pub mod container;
 pub mod family;
 pub mod follower;
 pub mod forward;

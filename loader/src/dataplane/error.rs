@@ -129,7 +129,7 @@ pub enum DataplaneError {
         expected: u32,
     },
     /// EPERM.
-    #[error("not permitted to {action}; run as root, or with CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON and CAP_SYS_ADMIN")]
+    #[error("not permitted to {action}; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON")]
     NotPermitted {
         /// What was tried.
         action: String,

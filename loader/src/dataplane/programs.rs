@@ -192,19 +192,30 @@ where
 {
     let program = ebpf.program_mut(name).and_then(|program| <&mut P>::try_from(program).ok());
     let program = program.ok_or(DataplaneError::NoProgram { program: name })?;
-    load(program).map_err(|source| DataplaneError::Program { program: name, source: Box::new(source) })
+    load(program).map_err(|source| match is_not_permitted(&source) {
+        true => DataplaneError::NotPermitted { action: format!("load program {name}") },
+        false => DataplaneError::Program { program: name, source: Box::new(source) },
+    })
 }
 
 fn load_error(error: EbpfError) -> DataplaneError {
-    let mut cause: Option<&(dyn Error + 'static)> = Some(&error);
+    if is_not_permitted(&error) {
+        return DataplaneError::NotPermitted { action: "load the BPF object".to_owned() };
+    }
+    DataplaneError::Load(Box::new(error))
+}
+
+/// Whether an error comes from EPERM.
+fn is_not_permitted(error: &(dyn Error + 'static)) -> bool {
+    let mut cause = Some(error);
     while let Some(inner) = cause {
         let os_error = inner.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
         if os_error == Some(libc::EPERM) {
-            return DataplaneError::NotPermitted { action: "load the BPF object".to_owned() };
+            return true;
         }
         cause = inner.source();
     }
-    DataplaneError::Load(Box::new(error))
+    false
 }
 
 /// Kernels before 5.11 account BPF memory to the locked-memory limit.

@@ -50,7 +50,8 @@ pub(super) fn forward_chains() -> io::Result<Vec<ForwardChain>> {
 }
 
 fn info(table: &str, domain: Domain, level: libc::c_int) -> io::Result<Info> {
-    let socket = Socket::new(domain, Type::RAW, Some(libc::IPPROTO_RAW.into()))?;
+    // Any socket of the family will do; a raw one would need CAP_NET_RAW.
+    let socket = Socket::new(domain, Type::DGRAM, None)?;
     let mut info = Info { name: [0; 32], valid_hooks: 0, hook_entry: [0; 5], underflow: [0; 5], entries: 0, size: 0 };
     info.name[..table.len()].copy_from_slice(table.as_bytes());
     let mut length = size_of::<Info>() as libc::socklen_t;
