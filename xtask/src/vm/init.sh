@@ -34,7 +34,8 @@ busybox mount -t sysfs sys /root/sys
 busybox mount -t devtmpfs dev /root/dev
 busybox mkdir -p /root/dev/pts /root/dev/shm /root/dev/net
 busybox mount -t devpts devpts /root/dev/pts
-for folder in /tmp /run /dev/shm; do
+# Not /tmp, where the repository may be: temporary files go to /run.
+for folder in /run /dev/shm; do
     busybox mount -t tmpfs tmpfs "/root$folder"
 done
 # What is written here reaches the host.
@@ -53,7 +54,7 @@ echo 1 >/proc/sys/net/core/bpf_jit_enable
 busybox ip link set lo up
 ulimit -l unlimited
 busybox cp /run.sh /root/run/vm.sh
-export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp TMPDIR=/run
 echo "vm: Linux $(/bin/busybox uname -r) is up after $(/bin/busybox cut -d. -f1 /proc/uptime) s"
 /bin/busybox chroot /root /bin/sh /run/vm.sh
 status=$?
