@@ -107,6 +107,20 @@ pub mod closing {
     }
 }
 
+/// Where a flow is in its life, for people, by [`Flow::state`] and [`Flow::closing`].
+#[must_use]
+pub const fn phase(state: u8, closing: u8) -> &'static str {
+    match (closing, state) {
+        (bits, _) if bits & closing::RESET != 0 => "reset",
+        (bits, _) if closing::is_over(bits) => "closed",
+        (bits, _) if bits != 0 => "closing",
+        (_, state::NEW) => "new",
+        (_, state::ANSWERED) => "answered",
+        (_, state::ESTABLISHED) => "established",
+        _ => "unknown",
+    }
+}
+
 /// Bits of [`Flow::flags`].
 pub mod flags {
     /// The half that translates the backend's packets; without it, the half that translates the client's.

@@ -16,6 +16,7 @@ pub mod config;
 pub mod counter;
 pub mod crc32c;
 pub mod drop_reason;
+pub mod event;
 pub mod features;
 pub mod filter;
 pub mod flow;

@@ -32,6 +32,8 @@ pub const MAPS: &[&str] = &[
     REJECT_BUDGET,
     DESTINATIONS,
     SOURCES,
+    EVENTS,
+    LISTENER,
 ];
 
 /// Maps that are not pinned: memory of the programs alone.
@@ -74,4 +76,6 @@ names! {
     REJECT_BUDGET = "reject_budget": "0 → [`crate::counter::RejectBudget`] per CPU.";
     DESTINATIONS = "destinations": "[`crate::filter::element`] → 1.";
     SOURCES = "sources": "[`crate::filter::element`] → second.";
+    EVENTS = "events": "Ring buffer of [`crate::event::Event`]s.";
+    LISTENER = "listener": "[`crate::event::UNTIL`] and [`crate::event::LOST`] → u64.";
 }

@@ -6,6 +6,7 @@
 use core::mem::MaybeUninit;
 
 use sheave_common::config::Config;
+use sheave_common::event::kind;
 use sheave_common::flow::{Flow, FlowKey, Tuple, closing, flags, state};
 use sheave_common::frontend::FrontendKey;
 use sheave_common::{Ipv4Address, Ipv6Address, PROTOCOL_UDP};
@@ -16,7 +17,7 @@ use crate::packet::Packet;
 use crate::packet::transport::flags as tcp;
 use crate::scratch::scratch;
 use crate::versioned;
-use crate::{features, filter, load};
+use crate::{event, features, filter, load};
 
 /// What changes in a flow's life.
 #[derive(Clone, Copy)]
@@ -207,6 +208,10 @@ fn change<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, key: &FlowKey<A>
     {
         // SAFETY: as above.
         unsafe { unite(flow, other) };
+    }
+    // SAFETY: as above.
+    if closing::is_over(flow.closing) && !unsafe { Life::of(element) }.closed() {
+        event::flow(key, &*flow, kind::END);
     }
     load::close(flow);
     let Some(sibling) = sibling(flow, key) else { return };

@@ -5,6 +5,7 @@ use core::mem::MaybeUninit;
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use sheave_common::DropReason;
 use sheave_common::backend::flags as backend_flags;
+use sheave_common::event::kind;
 use sheave_common::flow::{Flow, flags, state};
 
 use crate::balance::{self, From, Origin};
@@ -12,7 +13,7 @@ use crate::context::Context;
 use crate::packet::Packet;
 use crate::packet::network::Network;
 use crate::scratch::scratch;
-use crate::{bypass, features, load, maps, observe, route};
+use crate::{bypass, event, features, load, maps, observe, route};
 
 /// How many source ports are tried before the connection is refused. Later tries also take ports whose last connection is
 /// closed but may be remembered by the backend.
@@ -40,6 +41,7 @@ pub fn flow<C: Context, A: Network>(
         route::source(ctx, &mut flow.rewrite, forward.protocol)?;
     }
     claim_port::<A>(flow, now)?;
+    event::flow(&*forward, &*flow, kind::NEW);
     if flow.flags & flags::COUNTED != 0 {
         load::open(flow.backend_id);
     }

@@ -12,6 +12,7 @@ mod conntrack;
 mod context;
 mod create;
 mod edge;
+mod event;
 mod features;
 mod filter;
 mod forward;

@@ -1,7 +1,7 @@
 //! Every map. Names, keys and values are `sheave_common`'s; sizes here are defaults that the loader overrides.
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use aya_ebpf::macros::btf_map;
 use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::backend::Backend;
@@ -16,7 +16,7 @@ use sheave_common::load::Load;
 use sheave_common::prefix::SourceRange;
 use sheave_common::service_name::ServiceName;
 use sheave_common::socket::{SocketKey, SocketPeer};
-use sheave_common::{Address, Ipv4Address, Ipv6Address, filter};
+use sheave_common::{Address, Ipv4Address, Ipv6Address, event, filter};
 
 use crate::{route, scratch};
 
@@ -80,6 +80,8 @@ maps! {
     DESTINATIONS = "destinations": Array<u32, { filter::ELEMENTS as usize }>;
     SOURCES = "sources": Array<u32, { filter::ELEMENTS as usize }>;
     REJECT_BUDGET = "reject_budget": PerCpuArray<RejectBudget, 1>;
+    EVENTS = "events": RingBuf<event::Event, { event::OCTETS }>;
+    LISTENER = "listener": Array<u64, { event::LISTENER }>;
 }
 
 /// Which of the two flow maps.

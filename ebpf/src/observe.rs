@@ -1,9 +1,11 @@
-//! Counting: one function for packets that are dropped or rejected, one for traffic of a service port. In development
-//! builds (feature `packet-trace`) also a log line for every packet and what became of it.
+//! Counting: one function for packets that are dropped or rejected, one for traffic of a service port. And telling what became
+//! of a packet: who listens ([`event`]), of those that are dropped; and the log of development builds (feature
+//! `packet-trace`), of all.
 
 use sheave_common::DropReason;
 
 use crate::context::Context;
+use crate::event;
 use crate::maps::{DROP_COUNTERS, SERVICE_COUNTERS};
 use crate::packet::Packet;
 use crate::packet::network::Network;
@@ -46,22 +48,31 @@ pub fn packet(service_id: u32, bytes: u32) {
     }
 }
 
+/// Tells what became of a packet; it is as it came.
+#[inline(always)]
+pub fn decision<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, verdict: Verdict) {
+    if let Verdict::Drop(reason) = verdict {
+        event::dropped(&packet.key, reason);
+    }
+    log(ctx, packet, verdict);
+}
+
 /// Nothing, unless built with `packet-trace`.
 #[cfg(not(feature = "packet-trace"))]
 #[inline(always)]
-pub fn decision<C: Context, A: Network>(_ctx: &C, _packet: &Packet<A>, _verdict: Verdict) {}
+fn log<C: Context, A: Network>(_ctx: &C, _packet: &Packet<A>, _verdict: Verdict) {}
 
-/// Logs a packet, as it came, and what became of it.
+/// Logs a packet.
 #[cfg(feature = "packet-trace")]
 #[inline(always)]
-pub fn decision<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, verdict: Verdict) {
-    log(ctx, packet, verdict.to_bits());
+fn log<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, verdict: Verdict) {
+    log_bits(ctx, packet, verdict.to_bits());
 }
 
 /// A function of its own in the kernel too, so that its stack is not that of the packet's own path.
 #[cfg(feature = "packet-trace")]
 #[inline(never)]
-fn log<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, verdict: u64) {
+fn log_bits<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, verdict: u64) {
     let tuple = &packet.key.tuple;
     let (name, detail) = match Verdict::from_bits(verdict) {
         Verdict::Pass => ("pass", 0),

@@ -13,6 +13,7 @@ use sheave_common::{DropReason, PROTOCOL_TCP, PROTOCOL_UDP};
 
 use crate::balance::Origin;
 use crate::context::Context;
+use crate::event;
 use crate::features;
 use crate::maps::{self, REJECT_BUDGET};
 use crate::observe;
@@ -70,7 +71,10 @@ pub fn error<C: Context, A: Network>(
 ) -> Verdict {
     let kind = u16::from_be_bytes(A::icmp_kind(answer));
     match send_error(ctx, packet, kind, mtu, reason) {
-        Ok(()) => back_out(ctx),
+        Ok(()) => {
+            event::dropped(&packet.key, reason);
+            back_out(ctx)
+        }
         Err(reason) => Verdict::Drop(reason),
     }
 }
@@ -129,7 +133,10 @@ pub fn reset<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, reason: DropRe
         return Verdict::Drop(reason);
     }
     match send_reset(ctx, packet, reason) {
-        Ok(()) => back_out(ctx),
+        Ok(()) => {
+            event::dropped(&packet.key, reason);
+            back_out(ctx)
+        }
         Err(reason) => Verdict::Drop(reason),
     }
 }

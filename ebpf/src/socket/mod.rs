@@ -21,7 +21,7 @@ use sheave_common::{DropReason, PROTOCOL_TCP, PROTOCOL_UDP};
 use self::address::{Called6, Form, Ipv4, Ipv6, Mapped, SocketFamily as _};
 use crate::balance::{self, Choice, From, Origin};
 use crate::maps::{self, Family as _};
-use crate::{features, load, observe, versioned};
+use crate::{event, features, load, observe, versioned};
 
 /// The program's answer: go on.
 const ALLOW: i32 = 1;
@@ -192,11 +192,10 @@ fn balance<F: Form>(call: &Call<'_, F>, request: Request) -> i32 {
     let key = FrontendKey::new(call.address, call.port_be, call.protocol);
     let Some(element) = F::Address::frontend(&key) else {
         if maps::mark(call.address) & flags::WHOLE_ADDRESS != 0 {
-            return refuse(DropReason::UnknownPort);
+            return refuse(call, DropReason::UnknownPort);
         }
         if F::Address::in_service_cidr(call.config, call.address) {
-            observe::count(DropReason::Unallocated);
-            return REFUSE;
+            return lose(call, DropReason::Unallocated);
         }
         forget(call, request);
         return ALLOW;
@@ -223,11 +222,8 @@ fn balance<F: Form>(call: &Call<'_, F>, request: Request) -> i32 {
     let choice = match balance::choose(&key, from, &client, features::now(), &mut choice) {
         // SAFETY: `choose` fills it whenever it succeeds.
         Ok(()) => unsafe { choice.assume_init_ref() },
-        Err(DropReason::NoEndpoint) => return refuse(DropReason::NoEndpoint),
-        Err(reason) => {
-            observe::count(reason);
-            return REFUSE;
-        }
+        Err(DropReason::NoEndpoint) => return refuse(call, DropReason::NoEndpoint),
+        Err(reason) => return lose(call, reason),
     };
     let backend = &choice.backend;
     if F::Address::own(call.ctx).is_some_and(|own| own.is_loopback()) && !backend.address.is_loopback() {
@@ -266,6 +262,7 @@ fn settle<F: Form>(call: &Call<'_, F>, choice: &Choice<F::Address>, request: Req
         // Without it, the socket's next datagram is a fresh choice.
         let _ = F::Address::insert_socket_backend(&call.key(), &peer);
     }
+    event::connected(&call.address, call.port_be, call.protocol, &peer);
     point(call, &peer)
 }
 
@@ -296,8 +293,7 @@ fn point<F: Form>(call: &Call<'_, F>, backend: &SocketPeer<F::Address>) -> i32 {
         let remembered = F::Address::insert_socket_frontend(&reverse, &frontend);
         if remembered.is_err() && call.protocol == PROTOCOL_UDP {
             // Without it, the process would see answers from an address that it never asked.
-            observe::count(DropReason::ConntrackFull);
-            return REFUSE;
+            return lose(call, DropReason::ConntrackFull);
         }
     }
     F::set(call.ctx, backend.address);
@@ -305,10 +301,18 @@ fn point<F: Form>(call: &Call<'_, F>, backend: &SocketPeer<F::Address>) -> i32 {
     ALLOW
 }
 
+/// The call fails.
+#[inline(always)]
+fn lose<F: Form>(call: &Call<'_, F>, reason: DropReason) -> i32 {
+    observe::count(reason);
+    event::refused(&call.address, call.port_be, call.protocol, reason);
+    REFUSE
+}
+
 /// The call fails as if the peer had refused.
 #[inline(always)]
-fn refuse(reason: DropReason) -> i32 {
-    observe::count(reason);
+fn refuse<F: Form>(call: &Call<'_, F>, reason: DropReason) -> i32 {
+    lose(call, reason);
     if features::has(features::SET_RETVAL) {
         // SAFETY: the helper takes a scalar only.
         unsafe { bpf_set_retval(-CONNECTION_REFUSED) };

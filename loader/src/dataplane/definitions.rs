@@ -16,7 +16,7 @@ use sheave_common::load::Load;
 use sheave_common::prefix::{Prefix, SourceRange};
 use sheave_common::service_name::ServiceName;
 use sheave_common::socket::{SocketKey, SocketPeer};
-use sheave_common::{Ipv4Address, Ipv6Address, filter, names};
+use sheave_common::{Ipv4Address, Ipv6Address, event, filter, names};
 
 use super::syscall::MapInfo;
 use crate::config::MapSizes;
@@ -26,6 +26,7 @@ const ARRAY: u32 = 2;
 const PER_CPU_ARRAY: u32 = 6;
 const LRU_HASH: u32 = 9;
 const LPM_TRIE: u32 = 11;
+const RING_BUFFER: u32 = 27;
 /// BPF_F_NO_PREALLOC.
 const NO_PREALLOC: u32 = 1;
 /// Interfaces that programs can be attached to at a time.
@@ -91,14 +92,33 @@ impl Definition {
 }
 
 fn define<K: Pod, V: Pod>(name: &'static str, (map_type, flags): (u32, u32), entries: Size) -> Definition {
-    let size = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
-    let (key_size, value_size) = (size(size_of::<K>()), size(size_of::<V>()));
+    let (key_size, value_size) = (most(size_of::<K>()), most(size_of::<V>()));
     let (max_entries, size_flag, is_default) = match entries {
         Size::Fixed(entries) => (entries, None, false),
         Size::Flag(flag, Some(given), _) => (given, Some(flag), false),
         Size::Flag(flag, None, most) => (scaled(most, memory()), Some(flag), true),
     };
     Definition { name, map_type, key_size, value_size, flags, max_entries, size_flag, is_default, resized: false }
+}
+
+/// A ring buffer of so many octets: it has neither keys nor values.
+fn ring_buffer(name: &'static str, octets: usize) -> Definition {
+    let (key_size, value_size, size_flag, is_default) = (0, 0, None, false);
+    Definition {
+        name,
+        map_type: RING_BUFFER,
+        key_size,
+        value_size,
+        flags: 0,
+        max_entries: most(octets),
+        size_flag,
+        resized: false,
+        is_default,
+    }
+}
+
+fn most(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
 }
 
 /// A default size on a machine with this much memory: all with what an 8 GiB machine's kernel leaves, and half for each
@@ -135,7 +155,7 @@ pub(super) fn definitions(sizes: &MapSizes) -> Vec<Definition> {
     let affinity = Size::Flag("--max-affinity", sizes.affinity, 65_536);
     let sockets = Size::Flag("--max-sockets", sizes.sockets, 65_536);
     let ranges = Size::Flag("--max-source-ranges", sizes.source_ranges, 65_536);
-    let drops = u32::try_from(DROP_COUNTERS).unwrap_or(u32::MAX);
+    let drops = most(DROP_COUNTERS);
     vec![
         define::<u32, Config>(names::CONFIG, array, Size::Fixed(1)),
         define::<FrontendKey<V4>, Frontend>(names::FRONTENDS4, hash, frontends),
@@ -167,6 +187,8 @@ pub(super) fn definitions(sizes: &MapSizes) -> Vec<Definition> {
         define::<u32, RejectBudget>(names::REJECT_BUDGET, per_cpu, Size::Fixed(1)),
         define::<u32, u32>(names::DESTINATIONS, array, Size::Fixed(filter::ELEMENTS)),
         define::<u32, u32>(names::SOURCES, array, Size::Fixed(filter::ELEMENTS)),
+        ring_buffer(names::EVENTS, event::OCTETS),
+        define::<u32, u64>(names::LISTENER, array, Size::Fixed(most(event::LISTENER))),
     ]
 }
 

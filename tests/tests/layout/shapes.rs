@@ -7,6 +7,7 @@ use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::backend::Backend;
 use sheave_common::config::{Config, Timeouts};
 use sheave_common::counter::{RejectBudget, ServiceCounter};
+use sheave_common::event::Event;
 use sheave_common::flow::{Flow, FlowKey, Tuple};
 use sheave_common::fragment::{FragmentKey, FragmentPorts};
 use sheave_common::frontend::{BackendSet, Frontend, FrontendKey};
@@ -62,6 +63,8 @@ pub(crate) fn maps() -> BTreeMap<String, (Shape, Shape)> {
         row::<u32, RejectBudget>(names::REJECT_BUDGET),
         row::<u32, u32>(names::DESTINATIONS),
         row::<u32, u32>(names::SOURCES),
+        row::<(), Event>(names::EVENTS),
+        row::<u32, u64>(names::LISTENER),
     ])
 }
 
@@ -76,7 +79,7 @@ macro_rules! integers {
     };
 }
 
-integers!(u8, u16, u32, u64, i64);
+integers!((), u8, u16, u32, u64, i64);
 
 impl<T: Layout, const N: usize> Layout for [T; N] {
     fn shape() -> Shape {
@@ -126,6 +129,11 @@ layouts! {
     Flow<V4> { rewrite, service_id, backend_id, last_seen, state, flags, closing, reserved };
     Flow<V6> { rewrite, service_id, backend_id, last_seen, state, flags, closing, reserved };
     BackendSet { first, length };
+    Event {
+        source, destination, rewritten_source, rewritten_destination, source_port_be, destination_port_be,
+        rewritten_source_port_be, rewritten_destination_port_be, service_id, backend_id, edge, kind, family, protocol,
+        reason, flags, reserved
+    };
     FrontendKey<V4> { address, port_be, protocol, reserved };
     FrontendKey<V6> { address, port_be, protocol, reserved };
     Frontend { version, service_id, flags, cluster, local, affinity_seconds, algorithm };
