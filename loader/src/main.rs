@@ -3,8 +3,9 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use clap::Parser;
-use sheave::cli::{Cli, Command, RunArgs, logging, views};
+use sheave::cli::{self, Cli, Command, RunArgs, logging, views};
 use sheave::controller;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info};
@@ -19,7 +20,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     match (&cli.command, command(&cli.command)) {
-        (_, Ok(())) => ExitCode::SUCCESS,
+        (_, Ok(code)) => code,
         (Command::Run(_), Err(error)) => {
             error!("{error:#}");
             ExitCode::FAILURE
@@ -31,19 +32,28 @@ fn main() -> ExitCode {
     }
 }
 
-fn command(command: &Command) -> anyhow::Result<()> {
+fn command(command: &Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Run(args) => run(args),
-        Command::Services(args) => Ok(views::services(args)?),
-        Command::Backends(args) => Ok(views::backends(args)?),
-        Command::Conntrack(args) => Ok(views::conntrack(args)?),
-        Command::Affinity(args) => Ok(views::affinity(args)?),
-        Command::Cleanup(pins) => Ok(sheave::dataplane::cleanup(&pins.pin_path)?),
+        Command::Run(args) => run(args)?,
+        Command::Status(args) => return Ok(cli::status::status(args)?),
+        Command::Services(args) => views::services(args)?,
+        Command::Backends(args) => views::backends(args)?,
+        Command::Conntrack(args) => views::conntrack(args)?,
+        Command::Affinity(args) => views::affinity(args)?,
+        Command::Monitor(args) => cli::monitor::monitor(args)?,
+        Command::Trace(args) => return Ok(cli::trace::trace(args)?),
+        Command::Report(args) => views::print(&format!("{}\n", cli::report::report(args)?.display()))?,
+        Command::Cleanup(pins) => sheave::dataplane::cleanup(&pins.pin_path)?,
+        Command::Completions { shell } => views::print(&cli::completions(*shell))?,
+        Command::Manual { folder } => {
+            cli::manual(folder).with_context(|| format!("cannot write manual pages into {}", folder.display()))?;
+        }
         Command::Version => {
             let layout = sheave_common::LAYOUT_VERSION;
-            Ok(views::print(&format!("sheave {} (map layout {layout})\n", env!("CARGO_PKG_VERSION")))?)
+            views::print(&format!("sheave {} (map layout {layout})\n", env!("CARGO_PKG_VERSION")))?;
         }
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn run(args: &RunArgs) -> anyhow::Result<()> {

@@ -1,13 +1,33 @@
-//! The command line: flags and environment variables in, a [`crate::config::RunConfig`] or a table out.
+//! The command line: flags and environment variables in, a [`crate::config::RunConfig`] or something to look at out.
 
+mod documents;
+mod http;
 pub mod logging;
+pub mod monitor;
+pub mod output;
+pub mod report;
 mod run;
+pub mod status;
+pub mod trace;
 mod values;
 pub mod views;
 
 use clap::{Args, Parser, Subcommand};
 
+pub use documents::{completions, manual};
 pub use run::RunArgs;
+
+/// Exit code of a command that has done its work, and whose answer is no: see [`EXIT_CODES`].
+pub const DISAPPOINTED: u8 = 3;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  it could not be done; standard error says why, and what to do
+  2  the command line is wrong
+  3  done, and the answer is no: `status` found no healthy daemon, `trace` found no backend for the packet
+
+Every flag can also be given by an environment variable. Colours go to terminals alone, and not with NO_COLOR.";
 
 /// What went wrong on the command line, with the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +66,7 @@ pub enum CliError {
 
 /// A Kubernetes Service load balancer in the kernel.
 #[derive(Debug, Parser)]
-#[command(name = "sheave", version, max_term_width = 120, propagate_version = true)]
+#[command(name = "sheave", version, max_term_width = 120, propagate_version = true, after_help = EXIT_CODES)]
 pub struct Cli {
     /// How to log.
     #[command(flatten)]
@@ -61,16 +81,52 @@ pub struct Cli {
 pub enum Command {
     /// Keep this node's kernel equal to the cluster's Services, until SIGTERM or SIGINT. The dataplane stays.
     Run(Box<RunArgs>),
+    /// Show how this node's Sheave is, on one screen: daemon, dataplane, maps, drops.
+    #[command(after_help = "Examples:\n  sheave status --watch\n  sheave status -o json | jq .daemon.healthy")]
+    Status(status::StatusArgs),
     /// Show the Services that the kernel balances, a row per frontend.
+    #[command(after_help = "Examples:\n  sheave services --counters\n  sheave services -o wide --watch=5")]
     Services(views::ServicesArgs),
     /// Show the backends, of all service ports.
+    #[command(after_help = "Examples:\n  sheave backends -o yaml")]
     Backends(views::ViewArgs),
     /// Show the flows, half-open ones too, a row per direction.
+    #[command(
+        after_help = "Examples:\n  sheave conntrack --service default/web\n  sheave conntrack --client 10.244.1.5 --watch"
+    )]
     Conntrack(views::ConntrackArgs),
     /// Show which client comes back to which backend.
+    #[command(after_help = "Examples:\n  sheave affinity -o json")]
     Affinity(views::ViewArgs),
+    /// Show flows as they begin and end, and packets that don't get through. Costs nothing while it does not run.
+    #[command(
+        after_help = "Examples:\n  sheave monitor --event drop\n  sheave monitor --service default/web --address 10.244.1.5\n  \
+                            sheave monitor --reason no_endpoint,source_range -o json --duration 1m"
+    )]
+    Monitor(monitor::MonitorArgs),
+    /// Show what would become of a packet, and why. It is tried on the live maps, and nothing changes.
+    #[command(after_help = "Examples:\n  sheave trace --from 10.244.1.5 --to 10.96.0.10:53/udp\n  \
+                            sheave trace --from 198.51.100.7 --to 192.0.2.1:30500 --interface eth0")]
+    Trace(trace::TraceArgs),
+    /// Write an archive for a bug report. It holds no credentials.
+    #[command(after_help = "Examples:\n  sheave report --file /tmp/sheave.tar.gz")]
+    Report(report::ReportArgs),
     /// Remove every trace of Sheave from this node: programs, links and maps. Refused while `sheave run` runs.
     Cleanup(PinArgs),
+    /// Print a shell's completions for this program.
+    #[command(
+        after_help = "Examples:\n  source <(sheave completions bash)\n  sheave completions fish > ~/.config/fish/completions/sheave.fish"
+    )]
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Write manual pages into a folder.
+    #[command(after_help = "Examples:\n  sheave manual /usr/local/share/man/man1")]
+    Manual {
+        /// The folder.
+        folder: std::path::PathBuf,
+    },
     /// Print the version, and that of the map layouts.
     Version,
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{CommandFactory, Parser};
 
-use super::{Cli, CliError, Command};
+use super::{Cli, CliError, Command, completions, manual};
 use crate::config::{Bypass, ConnectMode, NodePortAddresses, RunConfig, SourceConfig, XdpMode};
 
 fn run(flags: &[&str]) -> Result<RunConfig, CliError> {
@@ -23,6 +23,20 @@ fn refused(flags: &[&str]) -> String {
 #[test]
 fn the_command_line_is_well_formed() {
     Cli::command().debug_assert();
+}
+
+#[test]
+fn shells_and_manual_pages_know_every_command() {
+    let folder = std::env::temp_dir().join(format!("sheave-manual-{}", std::process::id()));
+    manual(&folder).expect("a writable folder");
+    let script = completions(clap_complete::Shell::Bash);
+    for command in Cli::command().get_subcommands() {
+        let name = command.get_name();
+        assert!(script.contains(&format!("sheave__subcmd__{name})")), "{name}");
+        let page = std::fs::read_to_string(folder.join(format!("sheave-{name}.1"))).expect(name);
+        assert!(page.contains(".SH SYNOPSIS"), "{page}");
+    }
+    std::fs::remove_dir_all(&folder).expect("the folder is ours");
 }
 
 #[test]

@@ -143,6 +143,11 @@ impl<K: Pod, V: Pod> Map<K, V> {
         self.dump_with(|key, values| wanted(&key).then(|| (key, read(values, 0))))
     }
 
+    /// What `digest` makes of every element.
+    pub(super) fn dump_as<T>(&self, digest: impl Fn(&K, &V) -> T) -> Result<Vec<T>, MapError> {
+        self.dump_with(|key, values| Some(digest(&key, &read(values, 0))))
+    }
+
     /// Every element, with one value per CPU for a per-CPU map.
     pub(super) fn dump_wide(&self) -> Result<Vec<(K, Vec<V>)>, MapError> {
         self.dump_with(|key, values| Some((key, (0..self.width).map(|cpu| read(values, cpu)).collect())))

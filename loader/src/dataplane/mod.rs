@@ -3,12 +3,15 @@
 //! Everything is pinned, so the dataplane outlives the controller: a restart reads the maps back, swaps programs that are
 //! of another version under their links, and writes only what differs. [`PinnedMaps`] reads the pins, with or without a daemon.
 
+mod attached;
+mod census;
 mod cgroup;
 mod cleanup;
 mod definitions;
 mod elements;
 mod error;
 mod links;
+mod listener;
 mod loads;
 mod map;
 mod maps;
@@ -24,6 +27,7 @@ mod syscall;
 mod tc;
 #[cfg(feature = "packet-trace")]
 mod trace;
+mod trial;
 mod usage;
 mod views;
 mod writer;
@@ -34,10 +38,14 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use sheave_common::interface::{self, flags};
 use tracing::{debug, info};
 
+pub use attached::attached;
+pub use census::{Census, Fullness};
 pub use cleanup::cleanup;
 pub use error::{DataplaneError, MapError};
+pub use listener::{ListenError, Listener};
 pub use programs::{Features, object};
 pub use syscall::{grace_period, monotonic_seconds};
+pub use trial::{Outcome as TrialOutcome, Trial, TrialError, TrialFlow};
 pub use usage::Usage;
 pub use views::PinnedMaps;
 

@@ -88,7 +88,7 @@ impl Pins {
 
     /// Where the links are pinned.
     pub(super) fn links(&self) -> PathBuf {
-        self.directory.join(LINKS)
+        links_of(&self.directory)
     }
 
     /// Where the programs are pinned.
@@ -161,6 +161,11 @@ impl Pins {
             }
         }
     }
+}
+
+/// Where the links are pinned.
+pub(super) fn links_of(directory: &Path) -> PathBuf {
+    directory.join(LINKS)
 }
 
 /// The directory, or the nearest one above it that exists, must be on a BPF file system.

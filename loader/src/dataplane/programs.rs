@@ -219,7 +219,7 @@ fn is_not_permitted(error: &(dyn Error + 'static)) -> bool {
 }
 
 /// Kernels before 5.11 account BPF memory to the locked-memory limit.
-fn raise_locked_memory() {
+pub(super) fn raise_locked_memory() {
     if at_least(5, 11) {
         return;
     }

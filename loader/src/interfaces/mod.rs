@@ -7,6 +7,7 @@
 pub mod discover;
 mod message;
 pub mod state;
+pub mod toward;
 pub mod watch;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

@@ -89,6 +89,11 @@ impl Health {
         self.state().synced = true;
     }
 
+    /// For how long something has waited by now.
+    pub(super) fn waited(&self, now: Instant) -> Duration {
+        self.state().waiting.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
+    }
+
     /// Whether this node is on its way out of the cluster.
     pub(super) fn set_node_leaving(&self, leaving: bool) {
         self.state().node_leaving = leaving;

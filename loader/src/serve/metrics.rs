@@ -2,7 +2,8 @@
 //! somebody asks, the kernel's counters in the pinned maps.
 
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use http::StatusCode;
 use prometheus::core::Collector;
@@ -13,7 +14,7 @@ use prometheus::{
 };
 use tracing::debug;
 
-use crate::dataplane::{MapError, PinnedMaps};
+use crate::dataplane::{self, Census, Fullness, MapError, PinnedMaps};
 use crate::model::desired::Protocol;
 
 /// Counts of this process.
@@ -34,7 +35,23 @@ pub(super) struct Metrics {
     pub(super) map_capacity: IntGaugeVec,
     pub(super) map_refusals: IntCounterVec,
     pub(super) skipped_fields: IntCounter,
+    unapplied: Gauge,
+    flows: IntGaugeVec,
+    programs: IntGaugeVec,
+    census: Mutex<Option<Counted>>,
 }
+
+/// When what traffic fills was counted, and how long that took.
+#[derive(Debug)]
+struct Counted {
+    at: Instant,
+    took: Duration,
+}
+
+/// What traffic fills is counted again after this time at the earliest,
+const CENSUS: Duration = Duration::from_secs(10);
+/// and never takes more than this part of one CPU's time, however many flows there are and however often somebody asks.
+const CENSUS_PART: u32 = 50;
 
 /// Changes of one kind of object: those that wait, and all there were.
 #[derive(Debug)]
@@ -125,8 +142,12 @@ impl Metrics {
             healthz: make.counters("kubeproxy_proxy_healthz_total", "Answers of /healthz", "code"),
             livez: make.counters("kubeproxy_proxy_livez_total", "Answers of /livez", "code"),
             map_writes: make.counter("sheave_map_writes_total", "Writes to pinned maps that applied changes"),
-            map_entries: make.gauges("sheave_map_entries", "Elements in use of a map that Services fill", "map"),
-            map_capacity: make.gauges("sheave_map_capacity", "Elements that such a map has room for", "map"),
+            map_entries: make.gauges(
+                "sheave_map_entries",
+                "Elements in use of a map; those that traffic fills are counted every ten seconds at most",
+                "map",
+            ),
+            map_capacity: make.gauges("sheave_map_capacity", "Elements that the map has room for", "map"),
             map_refusals: make.counters(
                 "sheave_map_refused_writes_total",
                 "Service ports that a full map had no room for, each time that it was tried; the log names them",
@@ -134,8 +155,21 @@ impl Metrics {
             ),
             skipped_fields: make
                 .counter("sheave_skipped_fields_total", "Fields of objects that could not be used; the log names them"),
+            unapplied: make.seconds(
+                "sheave_oldest_unapplied_change_seconds",
+                "For how long a change that the source has told has waited to be applied",
+            ),
+            flows: make.add(IntGaugeVec::new(
+                Opts::new("sheave_conntrack_flows", "Flows by state, counted every ten seconds at most"),
+                &["protocol", "state"],
+            )),
+            programs: make.gauges("sheave_attached_programs", "Programs that are attached, by hook", "hook"),
+            census: Mutex::default(),
             registry: make.0.clone(),
         };
+        let build = make
+            .add(IntGaugeVec::new(Opts::new("sheave_build_info", "1, for what runs here"), &["version", "map_layout"]));
+        build.with_label_values(&[env!("CARGO_PKG_VERSION"), &sheave_common::LAYOUT_VERSION.to_string()]).set(1);
         for code in ["200", "503"] {
             metrics.healthz.with_label_values(&[code]);
             metrics.livez.with_label_values(&[code]);
@@ -148,6 +182,9 @@ impl Metrics {
 
     /// Everything in Prometheus' text format, the maps pinned in `pin_path` included. Blocks while they are read.
     pub(super) fn text(&self, pin_path: &Path) -> Vec<u8> {
+        if let Err(error) = self.look(pin_path) {
+            debug!(%error, "cannot count what traffic fills");
+        }
         let mut families = self.registry.gather();
         match kernel(pin_path) {
             Ok(kernel) => families.extend(kernel),
@@ -160,6 +197,41 @@ impl Metrics {
             debug!(%error, "metrics can't be written down");
         }
         text
+    }
+
+    /// For how long something has waited to be applied.
+    pub(super) fn waited(&self, time: Duration) {
+        self.unapplied.set(time.as_secs_f64());
+    }
+
+    /// Takes in what is pinned and attached, and, if that is due, what traffic fills.
+    fn look(&self, pin_path: &Path) -> Result<(), MapError> {
+        self.programs.reset();
+        match dataplane::attached(pin_path) {
+            Ok(attached) => attached.into_iter().for_each(|(hook, number)| {
+                self.programs.with_label_values(&[hook]).set(number);
+            }),
+            Err(error) => debug!(%error, "cannot tell what is attached"),
+        }
+        let mut counted = self.census.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = |last: &Counted| last.at.elapsed() >= CENSUS.max(last.took * CENSUS_PART);
+        if !counted.as_ref().is_none_or(due) {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let census = Census::take_traffic(pin_path)?;
+        let number = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
+        self.flows.reset();
+        for ((protocol, state), flows) in census.flows {
+            let protocol = Protocol::from_number(protocol).map(|protocol| protocol.to_string()).unwrap_or_default();
+            self.flows.with_label_values(&[&protocol, state]).set(i64::try_from(flows).unwrap_or(i64::MAX));
+        }
+        for Fullness { map, entries, capacity } in census.traffic {
+            self.map_entries.with_label_values(&[map]).set(number(entries));
+            self.map_capacity.with_label_values(&[map]).set(capacity.into());
+        }
+        *counted = Some(Counted { at: started, took: started.elapsed() });
+        Ok(())
     }
 
     /// Counts an answer.

@@ -14,6 +14,7 @@ mod status;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use http::{HeaderValue, StatusCode};
 use tokio::sync::watch;
@@ -75,8 +76,10 @@ impl Servers {
             }));
         }
         for address in self.metrics_addresses {
-            let (metrics, pin_path) = (Arc::clone(&self.metrics), self.pin_path.clone());
+            let (health, metrics) = (Arc::clone(&self.health), Arc::clone(&self.metrics));
+            let pin_path = self.pin_path.clone();
             tasks.spawn(server::serve_at("metrics", address, move |request| {
+                metrics.waited(health.waited(Instant::now()));
                 answer_metrics(Arc::clone(&metrics), pin_path.clone(), request)
             }));
         }

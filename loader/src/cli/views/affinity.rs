@@ -61,4 +61,8 @@ impl Row for AffinityRow {
             if self.seconds_left == 0 { "expired".to_owned() } else { self.seconds_left.to_string() },
         ]
     }
+
+    fn wide(&self) -> Vec<(&'static str, String)> {
+        vec![("BACKEND ID", self.backend_id.to_string())]
+    }
 }

@@ -18,6 +18,9 @@ pub(super) struct BackendRow {
     weight: u16,
     /// Connections, if the service chooses by them.
     connections: Option<i64>,
+    /// Sets that it is in.
+    #[serde(skip)]
+    sets: String,
 }
 
 pub(super) fn rows(snapshot: &Snapshot) -> Vec<BackendRow> {
@@ -37,8 +40,16 @@ pub(super) fn rows(snapshot: &Snapshot) -> Vec<BackendRow> {
             local: backend.flags & flags::LOCAL != 0,
             weight: backend.weight,
             connections: backend.connections,
+            sets: sets(backend.flags),
         })
         .collect()
+}
+
+/// The sets that a backend is in.
+fn sets(bits: u32) -> String {
+    let sets = [(flags::IN_CLUSTER_SET, "cluster"), (flags::IN_LOCAL_SET, "local")];
+    let names: Vec<&str> = sets.into_iter().filter(|(flag, _)| bits & flag != 0).map(|(_, name)| name).collect();
+    if names.is_empty() { "-".to_owned() } else { names.join(",") }
 }
 
 /// A removed backend is known to the connections that it has, and to nobody else.
@@ -72,5 +83,9 @@ impl Row for BackendRow {
             self.weight.to_string(),
             self.connections.map_or_else(|| "-".to_owned(), |connections| connections.to_string()),
         ]
+    }
+
+    fn wide(&self) -> Vec<(&'static str, String)> {
+        vec![("SETS", self.sets.clone())]
     }
 }

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
-use sheave_common::flow::{EDGE_BYPASS, EDGE_UPLINK, closing, flags, state};
+use sheave_common::flow::{EDGE_BYPASS, EDGE_UPLINK, flags, phase};
 
 use super::Row;
 use super::snapshot::{Flow, Snapshot, protocol_name};
@@ -55,7 +55,7 @@ fn client_of(flow: &Flow) -> SocketAddr {
 }
 
 /// Whether a service port is the wanted one, or one of the wanted Service's.
-fn is_of(service: &str, wanted: &str) -> bool {
+pub(in crate::cli) fn is_of(service: &str, wanted: &str) -> bool {
     service == wanted || service.strip_prefix(wanted).is_some_and(|rest| rest.starts_with(':'))
 }
 
@@ -65,7 +65,7 @@ fn row(snapshot: &Snapshot, flow: &Flow) -> FlowRow {
         service: snapshot.service(flow.service_id),
         protocol: protocol_name(flow.protocol),
         from: if flow.flags & flags::REPLY == 0 { "client" } else { "backend" },
-        state: state_name(flow),
+        state: phase(flow.state, flow.closing),
         expired: age_seconds > snapshot.timeouts.of(flow.protocol, flow.state, flow.closing),
         age_seconds,
         source: flow.source,
@@ -81,18 +81,6 @@ fn row(snapshot: &Snapshot, flow: &Flow) -> FlowRow {
         },
         redirect: flow.flags & flags::REDIRECT != 0,
         hairpin: flow.flags & flags::HAIRPIN != 0,
-    }
-}
-
-fn state_name(flow: &Flow) -> &'static str {
-    match (flow.closing, flow.state) {
-        (bits, _) if bits & closing::RESET != 0 => "reset",
-        (bits, _) if closing::is_over(bits) => "closed",
-        (bits, _) if bits != 0 => "closing",
-        (_, state::NEW) => "new",
-        (_, state::ANSWERED) => "answered",
-        (_, state::ESTABLISHED) => "established",
-        _ => "unknown",
     }
 }
 
@@ -120,5 +108,9 @@ impl Row for FlowRow {
             self.edge.clone(),
             how.to_owned(),
         ]
+    }
+
+    fn wide(&self) -> Vec<(&'static str, String)> {
+        vec![("BACKEND ID", self.backend_id.to_string())]
     }
 }

@@ -11,15 +11,21 @@ mod services;
 mod snapshot;
 mod table;
 
-use std::io::{self, Write};
 use std::net::IpAddr;
+use std::path::Path;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde::Serialize;
 
 use super::PinArgs;
+use super::output::{self, OutputArgs, OutputError};
+pub(super) use conntrack::is_of;
 pub use read::ReadError;
 use read::{Wanted, read};
+pub(super) use read::{interface_name, open, socket};
+use snapshot::Snapshot;
+pub(super) use snapshot::protocol_name;
+pub(super) use table::align;
 
 /// Why a view can't be shown.
 #[derive(Debug, thiserror::Error)]
@@ -27,21 +33,9 @@ pub enum ViewError {
     /// The maps can't be read.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// Standard output can't be written.
-    #[error("cannot write to standard output")]
-    Output(#[source] io::Error),
-    /// A row has no JSON form.
-    #[error("cannot write JSON")]
-    Json(#[from] serde_json::Error),
-}
-
-/// Shape of a view.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    /// Aligned columns.
-    Table,
-    /// An array of objects.
-    Json,
+    /// They can't be shown.
+    #[error(transparent)]
+    Output(#[from] OutputError),
 }
 
 /// Flags of every view.
@@ -49,9 +43,17 @@ pub enum Format {
 pub struct ViewArgs {
     #[command(flatten)]
     pins: PinArgs,
-    /// Shape of the output.
-    #[arg(short, long, env = "SHEAVE_OUTPUT", value_enum, default_value = "table")]
-    output: Format,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+impl ViewArgs {
+    fn show<R: Row>(&self, wanted: Wanted, rows: impl Fn(&Snapshot) -> Vec<R>) -> Result<(), ViewError> {
+        self.output.show(|| {
+            let rows = rows(&read(&self.pins.pin_path, wanted)?);
+            Ok(self.output.format(&rows, |wide| output::titled(&table::render(&rows, wide)))?)
+        })
+    }
 }
 
 /// Flags of `sheave services`.
@@ -83,6 +85,10 @@ trait Row: Serialize {
     fn titles(&self) -> Vec<&'static str>;
     /// Their texts.
     fn cells(&self) -> Vec<String>;
+    /// Titles and texts of the columns that a wide table has besides.
+    fn wide(&self) -> Vec<(&'static str, String)> {
+        Vec::new()
+    }
 }
 
 /// `sheave services`
@@ -92,8 +98,7 @@ trait Row: Serialize {
 /// If the maps can't be read or the output can't be written.
 pub fn services(args: &ServicesArgs) -> Result<(), ViewError> {
     let wanted = Wanted { frontends: true, counters: args.counters, ..Default::default() };
-    let snapshot = read(&args.view.pins.pin_path, wanted)?;
-    show(&services::rows(&snapshot), args.view.output)
+    args.view.show(wanted, services::rows)
 }
 
 /// `sheave backends`
@@ -102,9 +107,7 @@ pub fn services(args: &ServicesArgs) -> Result<(), ViewError> {
 ///
 /// If the maps can't be read or the output can't be written.
 pub fn backends(args: &ViewArgs) -> Result<(), ViewError> {
-    let wanted = Wanted::default();
-    let snapshot = read(&args.pins.pin_path, wanted)?;
-    show(&backends::rows(&snapshot), args.output)
+    args.show(Wanted::default(), backends::rows)
 }
 
 /// `sheave conntrack`
@@ -114,9 +117,8 @@ pub fn backends(args: &ViewArgs) -> Result<(), ViewError> {
 /// If the maps can't be read or the output can't be written.
 pub fn conntrack(args: &ConntrackArgs) -> Result<(), ViewError> {
     let wanted = Wanted { flows: true, ..Default::default() };
-    let snapshot = read(&args.view.pins.pin_path, wanted)?;
     let filter = conntrack::Filter { service: args.service.as_deref(), client: args.client };
-    show(&conntrack::rows(&snapshot, &filter), args.view.output)
+    args.view.show(wanted, |snapshot| conntrack::rows(snapshot, &filter))
 }
 
 /// `sheave affinity`
@@ -126,19 +128,22 @@ pub fn conntrack(args: &ConntrackArgs) -> Result<(), ViewError> {
 /// If the maps can't be read or the output can't be written.
 pub fn affinity(args: &ViewArgs) -> Result<(), ViewError> {
     let wanted = Wanted { frontends: true, affinity: true, ..Default::default() };
-    let snapshot = read(&args.pins.pin_path, wanted)?;
-    show(&affinity::rows(&snapshot), args.output)
+    args.show(wanted, affinity::rows)
 }
 
-fn show<R: Row>(rows: &[R], format: Format) -> Result<(), ViewError> {
-    print(&match format {
-        Format::Table => table::render(rows),
-        Format::Json => json(rows)?,
-    })
-}
-
-fn json<R: Row>(rows: &[R]) -> Result<String, ViewError> {
-    Ok(serde_json::to_string_pretty(rows)? + "\n")
+/// Every view as JSON, by name: the first rows of each.
+pub(super) fn all(pins: &Path, most: usize) -> Result<[(&'static str, String); 4], ViewError> {
+    fn text<R: Row>(mut rows: Vec<R>, most: usize) -> Result<String, OutputError> {
+        rows.truncate(most);
+        output::json(&rows)
+    }
+    let snapshot = read(pins, Wanted { frontends: true, counters: true, flows: true, affinity: true })?;
+    Ok([
+        ("services", text(services::rows(&snapshot), most)?),
+        ("backends", text(backends::rows(&snapshot), most)?),
+        ("conntrack", text(conntrack::rows(&snapshot, &conntrack::Filter::default()), most)?),
+        ("affinity", text(affinity::rows(&snapshot), most)?),
+    ])
 }
 
 /// Prints a text; a reader that has seen enough (`| head`) is no error.
@@ -147,11 +152,7 @@ fn json<R: Row>(rows: &[R]) -> Result<String, ViewError> {
 ///
 /// If standard output can't be written for another reason.
 pub fn print(text: &str) -> Result<(), ViewError> {
-    let mut output = io::stdout().lock();
-    match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(ViewError::Output(error)),
-        _ => Ok(()),
-    }
+    Ok(output::write(text).map(drop)?)
 }
 
 #[cfg(test)]

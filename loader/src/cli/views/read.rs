@@ -53,8 +53,12 @@ const ATTEMPTS: usize = 8;
 
 /// Reads what is wanted.
 pub(super) fn read(directory: &Path, wanted: Wanted) -> Result<Snapshot, ReadError> {
-    let maps = PinnedMaps::open(directory).map_err(|error| explain(directory, error))?;
-    snapshot(&maps, wanted).map_err(ReadError::Map)
+    snapshot(&open(directory)?, wanted).map_err(ReadError::Map)
+}
+
+/// Opens the pinned maps.
+pub(in crate::cli) fn open(directory: &Path) -> Result<PinnedMaps, ReadError> {
+    PinnedMaps::open(directory).map_err(|error| explain(directory, error))
 }
 
 fn explain(directory: &Path, error: MapError) -> ReadError {
@@ -207,7 +211,7 @@ fn affinities(maps: &PinnedMaps) -> Result<Vec<Affinity>, MapError> {
 }
 
 /// An address of either family.
-trait Family: Address {
+pub(in crate::cli) trait Family: Address {
     fn ip(self) -> IpAddr;
 }
 
@@ -223,12 +227,12 @@ impl Family for Ipv6Address {
     }
 }
 
-fn socket(address: impl Family, port_be: u16) -> SocketAddr {
+pub(in crate::cli) fn socket(address: impl Family, port_be: u16) -> SocketAddr {
     SocketAddr::new(address.ip(), u16::from_be(port_be))
 }
 
 /// Name of an interface of this network namespace.
-fn interface_name(index: u32) -> Option<String> {
+pub(in crate::cli) fn interface_name(index: u32) -> Option<String> {
     let mut buffer = [0; libc::IF_NAMESIZE];
     // SAFETY: the buffer has the IF_NAMESIZE octets that if_indextoname may write.
     let found = unsafe { libc::if_indextoname(index, buffer.as_mut_ptr()) };

@@ -150,4 +150,10 @@ impl Row for ServiceRow {
         }
         cells
     }
+
+    fn wide(&self) -> Vec<(&'static str, String)> {
+        let endpoints: Vec<String> = self.cluster_backends.iter().map(ToString::to_string).collect();
+        let endpoints = if endpoints.is_empty() { "-".to_owned() } else { endpoints.join(",") };
+        vec![("ALGORITHM", self.algorithm.to_owned()), ("ENDPOINTS", endpoints)]
+    }
 }

@@ -113,6 +113,6 @@ impl Snapshot {
 }
 
 /// `TCP`, or the number of a protocol that has no name here.
-pub(super) fn protocol_name(number: u8) -> String {
+pub(in crate::cli) fn protocol_name(number: u8) -> String {
     Protocol::from_number(number).map_or_else(|| number.to_string(), |protocol| protocol.to_string())
 }

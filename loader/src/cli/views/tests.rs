@@ -8,8 +8,9 @@ use sheave_common::flow::{closing, flags as flow_flags, state};
 use sheave_common::frontend::flags;
 use sheave_common::{PROTOCOL_TCP, PROTOCOL_UDP, backend};
 
+use super::super::output::json;
 use super::snapshot::{Affinity, Backend, Flow, Frontend, Snapshot, Traffic};
-use super::{Row as _, affinity, backends, conntrack, json, services, table};
+use super::{Row as _, affinity, backends, conntrack, services, table};
 use crate::model::network::Network;
 
 fn maps() -> Snapshot {
@@ -108,7 +109,21 @@ default/web:http     TCP       NodePort (host only)  127.0.0.1:30500  Cluster  6
 default/web:http     TCP       NodePort              192.0.2.1:30500  Local    600s      2         1               all
 kube-system/dns:dns  UDP       ClusterIP             10.96.0.10:53    Cluster  -         2         0               all
 ";
-    assert_eq!(table::render(&services::rows(&maps())), expected);
+    assert_eq!(table::render(&services::rows(&maps()), false), expected);
+}
+
+#[test]
+fn a_wide_table_has_more_columns() {
+    let last = |text: String| text.split_whitespace().last().map(str::to_owned);
+    let mut snapshot = maps();
+    snapshot.backends.retain(|id, _| *id == 3);
+    snapshot.flows.truncate(1);
+    snapshot.affinities.truncate(1);
+    assert_eq!(last(table::render(&services::rows(&snapshot), true)).as_deref(), Some("-"), "no endpoint is left");
+    assert_eq!(last(table::render(&backends::rows(&snapshot), true)).as_deref(), Some("cluster"));
+    let flows = conntrack::rows(&snapshot, &conntrack::Filter::default());
+    assert_eq!(last(table::render(&flows, true)).as_deref(), Some("12"));
+    assert_eq!(last(table::render(&affinity::rows(&snapshot), true)).as_deref(), Some("12"));
 }
 
 #[test]
@@ -184,7 +199,7 @@ default/web:http     TCP       ClusterIP  [fd00::7]:80   Cluster  600s      1   
 kube-system/dns:dns  UDP       ClusterIP  10.96.0.10:53  Cluster  -         2         0               all      0            0        0
 ";
     let rows = services::rows(&snapshot);
-    assert_eq!(table::render(&rows), expected);
+    assert_eq!(table::render(&rows, false), expected);
     assert!(json(&rows).unwrap().contains("\"connections\": 3"));
 }
 
@@ -201,7 +216,7 @@ ID  SERVICE              PROTOCOL  ADDRESS           STATE        LOCAL  WEIGHT 
 ";
     let mut snapshot = maps();
     snapshot.backends.get_mut(&3).unwrap().connections = Some(4);
-    assert_eq!(table::render(&backends::rows(&snapshot)), expected);
+    assert_eq!(table::render(&backends::rows(&snapshot), false), expected);
     snapshot.backends.retain(|id, _| *id == 3);
     let expected = r#"[
   {
@@ -230,7 +245,7 @@ TCP       backend  10.244.0.12:8080 > 10.244.0.9:40000   =>  10.96.0.7:80 > 10.2
 TCP       client   198.51.100.4:51000 > 192.0.2.1:30500  =>  192.0.2.1:61000 > 10.244.0.12:8080   default/web:http     10.244.0.12:8080  new (expired)  80s  uplink               redirect
 UDP       client   10.244.0.9:5353 > 10.96.0.10:53       =>  10.244.0.9:5353 > 10.244.1.2:53      kube-system/dns:dns  39 (gone)         new            30s  interface 18 (gone)  stack
 ";
-    assert_eq!(table::render(&rows), expected);
+    assert_eq!(table::render(&rows, false), expected);
 }
 
 #[test]
@@ -281,7 +296,7 @@ default/web:http  TCP       10.244.0.10  10.244.0.5:8080   550
 default/web:http  TCP       10.244.0.11  2 (gone)          expired
 ";
     let rows = affinity::rows(&maps());
-    assert_eq!(table::render(&rows), expected);
+    assert_eq!(table::render(&rows, false), expected);
     let expected = r#"[
   {
     "service": "default/web:http",
@@ -301,6 +316,6 @@ fn nothing_to_show_says_so() {
     let mut snapshot = maps();
     snapshot.affinities.clear();
     let rows = affinity::rows(&snapshot);
-    assert_eq!(table::render(&rows), "(none)\n");
+    assert_eq!(table::render(&rows, false), "(none)\n");
     assert_eq!(json(&rows).unwrap(), "[]\n");
 }
