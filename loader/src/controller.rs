@@ -13,6 +13,7 @@ use std::future::Future;
 use std::net::IpAddr;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
@@ -63,19 +64,24 @@ pub enum ControllerError {
     Ended,
 }
 
-/// Runs until `shutdown` completes, and leaves the dataplane in place.
+/// Runs until `shutdown` completes, and leaves the dataplane in place. What others ask is answered by the runtime `servers`.
 ///
 /// # Errors
 ///
 /// Only what waiting does not mend; failures to apply a change are logged and retried.
-pub async fn run(config: RunConfig, shutdown: impl Future<Output = ()>) -> Result<(), ControllerError> {
-    let (status, servers) = serve::new(&config);
+pub async fn run(
+    config: RunConfig,
+    servers: &Handle,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ControllerError> {
+    let (status, answering) = serve::new(&config);
     let mut tasks = JoinSet::new();
     // First of all: a starting proxy is live.
-    tasks.spawn(async {
-        servers.run().await;
+    let answering = async {
+        answering.run().await;
         Ok(())
-    });
+    };
+    tasks.spawn_on(answering, servers);
     if config.bypass_netfilter == Bypass::Safe {
         netfilter::may_be_bypassed()?;
     }
@@ -336,7 +342,7 @@ impl Controller {
             self.dataplane.apply(changed)
         };
         debug!(services = dirty.len(), writes = applied.written, elapsed = ?started.elapsed(), "applied");
-        if dirty.len() >= MANY {
+        if first || dirty.len() >= MANY {
             tokio::task::spawn_blocking(memory::give_back);
         }
         let written = applied.written;

@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use clap::Parser;
 use sheave::cli::{self, Cli, Command, RunArgs, logging, views};
 use sheave::controller;
+use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info};
 
@@ -59,7 +60,10 @@ fn command(command: &Command) -> anyhow::Result<ExitCode> {
 fn run(args: &RunArgs) -> anyhow::Result<()> {
     let config = args.config()?;
     info!(version = env!("CARGO_PKG_VERSION"), node = config.node_name, pins = %config.pin_path.display(), "starting");
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    // From the API server's socket to the maps a change stays in one thread: to wake another one costs more than the change.
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    // Servers answer even while that one is busy.
+    let servers = Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let result = runtime.block_on(async {
         let mut terminated = signal(SignalKind::terminate())?;
         let mut interrupted = signal(SignalKind::interrupt())?;
@@ -69,9 +73,10 @@ fn run(args: &RunArgs) -> anyhow::Result<()> {
                 _ = interrupted.recv() => info!("SIGINT: stopping; the dataplane stays in place"),
             }
         };
-        anyhow::Ok(controller::run(config, shutdown).await?)
+        anyhow::Ok(controller::run(config, servers.handle(), shutdown).await?)
     });
     // Threads that wait in a system call don't hold up the end.
     runtime.shutdown_timeout(STOP);
+    servers.shutdown_background();
     result
 }
