@@ -42,7 +42,8 @@ fn a_quick_run_of_one_measure_leaves_figures_goals_and_a_report() -> Result<()> 
         ensure!(figure("new tcp")? > figure("established tcp")?, "{findings:#}");
     }
     let goals = findings["goals"].as_array().context("no goals")?;
-    ensure!(goals.iter().all(|goal| ["met", "missed", "open"].contains(&goal["verdict"].as_str().unwrap_or_default())));
+    // Of one round nobody can tell.
+    ensure!(goals.iter().all(|goal| ["met", "missed", "few"].contains(&goal["verdict"].as_str().unwrap_or_default())));
     let report = std::fs::read_to_string(&html)?;
     ensure!(report.contains("<svg") && report.ends_with("</html>\n"), "not a report: {report}");
 

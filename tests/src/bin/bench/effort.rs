@@ -47,7 +47,7 @@ impl Effort {
                 syncs: 5,
                 restarts: 2,
                 changes: 100,
-                churn: 2,
+                churn: 5,
             }
         } else {
             Self {

@@ -25,8 +25,10 @@ pub(crate) enum Verdict {
     Met,
     /// The whole interval is on the wrong side.
     Missed,
-    /// The bound lies inside the interval, or there are too few samples: the noise is too loud to tell.
+    /// The bound lies inside the interval: the noise is too loud to tell.
     Open,
+    /// There are too few samples to know how loud the noise is.
+    Few,
 }
 
 /// One sentence of PERFORMANCE.md's column "reach", for one case.
@@ -50,7 +52,7 @@ impl Goal {
     /// Of samples that the bound is for: ratios of pairs, mostly. `None` if there are none.
     pub(crate) fn new(measure: &str, case: &str, sentence: &str, reach: Reach, samples: &[f64]) -> Option<Self> {
         let found = Estimate::of(samples)?;
-        let verdict = if samples.len() < FEWEST { Verdict::Open } else { reach.verdict(&found) };
+        let verdict = if samples.len() < FEWEST { Verdict::Few } else { reach.verdict(&found) };
         Some(Self { measure: measure.into(), case: case.into(), sentence: sentence.into(), reach, found, verdict })
     }
 
@@ -97,6 +99,6 @@ mod tests {
         let wide: Vec<f64> = (0..20).map(f64::from).collect();
         assert_eq!(verdict(Reach::AtMost(9.5), &wide), Verdict::Open);
         assert_eq!(verdict(Reach::AtMost(0.0), &[0.0; 5]), Verdict::Met);
-        assert_eq!(verdict(Reach::AtMost(1.0), &[0.5; 4]), Verdict::Open, "too few");
+        assert_eq!(verdict(Reach::AtMost(1.0), &[0.5; 4]), Verdict::Few);
     }
 }

@@ -42,7 +42,7 @@ fn goals(findings: &Findings, page: &mut String) {
         let class = match goal.verdict {
             Verdict::Met => "met",
             Verdict::Missed => "missed",
-            Verdict::Open => "open",
+            Verdict::Open | Verdict::Few => "open",
         };
         let cells = table::row(goal).map(|cell| format!("<td>{}</td>", escape(&cell)));
         let _ = writeln!(page, "<tr class='{class}'>{}</tr>", cells.concat());

@@ -84,8 +84,8 @@ const MEASURES: &[Measure] = &[
     Measure { name: "nodeport", seconds: [15, 110], run: path::node_port },
     Measure { name: "services", seconds: [14, 200], run: path::against_services },
     Measure { name: "sync", seconds: [14, 80], run: controller::sync },
-    Measure { name: "changes", seconds: [12, 60], run: controller::changes },
-    Measure { name: "agent", seconds: [20, 80], run: agent::measure },
+    Measure { name: "changes", seconds: [15, 60], run: controller::changes },
+    Measure { name: "agent", seconds: [23, 80], run: agent::measure },
     Measure { name: "memory", seconds: [12, 30], run: agent::memory },
 ];
 

@@ -72,6 +72,7 @@ pub(crate) fn verdict(verdict: Verdict) -> &'static str {
         Verdict::Met => "met",
         Verdict::Missed => "NOT MET",
         Verdict::Open => "open: too much noise",
+        Verdict::Few => "open: too few samples",
     }
 }
 
