@@ -1,12 +1,12 @@
 //! Makes the plan's writes, many of a kind together where that is possible, gives each frontend and backend its version, and
 //! counts.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use sheave_common::config::{Config, flags};
 use sheave_common::interface::Interface;
-use sheave_common::{Address, Ipv4Address, Ipv6Address, filter};
+use sheave_common::{Ipv4Address, Ipv6Address, filter};
 
 use super::error::MapError;
 use super::maps::Maps;
@@ -26,15 +26,15 @@ pub(super) struct Writer {
     /// Next version to use; below `config.next_version`, or equal when none is reserved.
     next_version: u64,
     writes: u64,
-    /// Elements of `destinations` that are known to be set.
-    destinations: HashSet<u32>,
+    /// Which elements of `destinations` are set; empty before the first is needed.
+    destinations: Vec<bool>,
 }
 
 impl Writer {
     /// `config` is what the map has to hold from now on; it is written if it does not.
     pub(super) fn new(maps: Maps, old: Option<Config>, config: Config) -> Result<Self, MapError> {
         let next_version = config.next_version;
-        let mut writer = Self { maps, config, next_version, writes: 0, destinations: HashSet::new() };
+        let mut writer = Self { maps, config, next_version, writes: 0, destinations: Vec::new() };
         if old != Some(config) {
             writer.put_config(config)?;
         }
@@ -135,7 +135,7 @@ impl Writer {
                 networks::delete_source_range(&self.maps, *service_id, network)?;
             }
             Write::PutFrontend { address, frontend } => {
-                self.announce(write)?;
+                self.announce(std::iter::once(write))?;
                 let value = elements::frontend_value(frontend, self.version()?);
                 match address.address {
                     IpAddr::V4(ip) => self.maps.v4.frontends.put(&elements::key(address, ip), &value)?,
@@ -172,28 +172,29 @@ impl Writer {
         (0..number).map_while(|_| self.version().ok()).collect()
     }
 
-    /// Lets the programs look for packets to the frontend that is to be written, if it is one.
-    fn announce(&mut self, write: &Write) -> Result<(), MapError> {
-        match write {
-            Write::PutFrontend { address, .. } => match address.address {
-                IpAddr::V4(ip) => self.set_destination(&Ipv4Address::from(ip)),
-                IpAddr::V6(ip) => self.set_destination(&Ipv6Address::from(ip)),
-            },
-            _ => Ok(()),
-        }
-    }
-
-    /// Lets the programs look for packets to this address.
-    fn set_destination<A: Address>(&mut self, address: &A) -> Result<(), MapError> {
-        let element = filter::element(address);
-        if self.destinations.contains(&element) {
+    /// Lets the programs look for packets to the frontends that are to be written.
+    fn announce<'a>(&mut self, writes: impl Iterator<Item = &'a Write>) -> Result<(), MapError> {
+        let element = |write: &Write| match write {
+            Write::PutFrontend { address, .. } => Some(match address.address {
+                IpAddr::V4(ip) => filter::element(&Ipv4Address::from(ip)),
+                IpAddr::V6(ip) => filter::element(&Ipv6Address::from(ip)),
+            }),
+            _ => None,
+        };
+        let mut missing: BTreeSet<u32> = writes.filter_map(element).collect();
+        if missing.is_empty() {
             return Ok(());
         }
-        if self.maps.destinations.get(&element)? != Some(1) {
-            self.maps.destinations.put(&element, &1)?;
-            self.writes += 1;
+        if self.destinations.is_empty() {
+            let elements = self.maps.destinations.dump()?;
+            self.destinations = elements.into_iter().map(|(_, set)| set != 0).collect();
         }
-        self.destinations.insert(element);
+        missing.retain(|element| !self.destinations[*element as usize]);
+        self.maps.destinations.put_all(&missing.iter().map(|element| (*element, 1)).collect::<Vec<_>>())?;
+        self.writes += missing.len() as u64;
+        for element in missing {
+            self.destinations[element as usize] = true;
+        }
         Ok(())
     }
 
@@ -224,8 +225,8 @@ impl Writer {
             backends,
             names: names.iter().map(|(id, name)| (*id, elements::parse(name))).collect(),
             source_ranges: networks::source_ranges(maps)?,
-            table: views::table(maps, end.min(maps.backend_table.max_entries()))?,
-            table_size: maps.backend_table.max_entries(),
+            table: views::table(maps, end)?,
+            table_size: maps.table_size(),
             next_backend_id: self.config.next_backend_id,
             next_service_id: self.config.next_service_id,
             service_limit: maps.service_names.max_entries(),
@@ -241,8 +242,10 @@ impl Sink for Writer {
     }
 
     fn write_together(&mut self, operations: &[Operation]) -> usize {
-        let announced = operations.iter().map_while(|operation| self.announce(&operation.write).ok()).count();
-        let operations = &operations[..announced];
+        if self.announce(operations.iter().map(|operation| &operation.write)).is_err() {
+            // Each then says itself what is wrong.
+            return 0;
+        }
         let number = operations.len();
         let written = match operations.first().map(|operation| &operation.write) {
             Some(Write::PutName { .. }) => self.maps.service_names.put_together(&elements::names(operations)),

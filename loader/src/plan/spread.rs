@@ -31,6 +31,10 @@ pub fn spread(algorithm: Algorithm, backends: &[(SocketAddr, u16, u32)]) -> Vec<
 /// long: at each step the one that is most behind (nginx's smooth weighted round-robin).
 fn in_turn(weights: &[u16]) -> Vec<usize> {
     let weights = reduced(weights);
+    // Mostly nobody says any weights.
+    if weights.iter().all(|weight| *weight == 1) {
+        return (0..weights.len()).collect();
+    }
     let total: u64 = weights.iter().sum();
     let mut credit: Vec<i128> = vec![0; weights.len()];
     let step = |_| {
