@@ -1,7 +1,15 @@
 //! `backends4` and `backends6`: backend id (u32, never reused, never 0) → one endpoint of a service port.
-//! `backend_table`: index → backend id.
+//! `backend_table`: index → [`TableElement`].
 
 use crate::{Address, Ipv4Address, Ipv6Address};
+
+/// Backend ids that lie in one element of `backend_table`: an array's element takes 8 octets at least. The id at an index
+/// of a run, as [`crate::frontend::BackendSet`] counts them, is in the element of half that index. No two runs share an
+/// element.
+pub const IDS_PER_ELEMENT: u32 = 2;
+
+/// Value of the backend table: backend ids, 0 where a run ends before.
+pub type TableElement = [u32; IDS_PER_ELEMENT as usize];
 
 /// Value of a backend. It is replaced as a whole, never written in place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

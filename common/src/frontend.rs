@@ -21,9 +21,9 @@ pub struct FrontendKey<A> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(C)]
 pub struct BackendSet {
-    /// Index of the first element in `backend_table`.
+    /// Index of the first backend id in `backend_table`: even, as each of its elements holds two.
     pub first: u32,
-    /// Number of elements.
+    /// Number of backend ids.
     pub length: u32,
 }
 

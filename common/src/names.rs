@@ -51,7 +51,7 @@ names! {
     FRONTENDS6 = "frontends6": "The same for IPv6.";
     BACKENDS4 = "backends4": "Backend id → [`crate::backend::Backend`], IPv4.";
     BACKENDS6 = "backends6": "The same for IPv6.";
-    BACKEND_TABLE = "backend_table": "Index → backend id.";
+    BACKEND_TABLE = "backend_table": "Index → [`crate::backend::TableElement`].";
     BACKEND_LOADS = "backend_loads": "Backend id → [`crate::load::Load`].";
     CONNTRACK4 = "conntrack4": "[`crate::flow::FlowKey`] → [`crate::flow::Flow`], IPv4.";
     CONNTRACK6 = "conntrack6": "The same for IPv6.";

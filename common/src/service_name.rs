@@ -1,8 +1,8 @@
 //! `service_names`: service id (u32) → which service port that is. The controller reads identities back from here when
 //! it starts, and the command line shows names when the controller is down.
 
-/// Longest `namespace/name:port`: 63 + 1 + 63 + 1 + 63 octets, and room for a longer namespace rule.
-pub const TEXT_LENGTH: usize = 252;
+/// Longest `namespace/name:port`: 63 + 1 + 63 + 1 + 63 octets, rounded up so that a value is a multiple of 8.
+pub const TEXT_LENGTH: usize = 196;
 
 /// Value of a service name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -35,4 +35,4 @@ impl ServiceName {
     }
 }
 
-crate::layout::layout!(ServiceName, size 256, { protocol @ 0 + 1, length @ 1 + 1, reserved @ 2 + 2, text @ 4 + 252 });
+crate::layout::layout!(ServiceName, size 200, { protocol @ 0 + 1, length @ 1 + 1, reserved @ 2 + 2, text @ 4 + 196 });

@@ -4,7 +4,7 @@ use core::mem::MaybeUninit;
 
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use sheave_common::affinity::{Affinity, AffinityKey};
-use sheave_common::backend::{self, Backend};
+use sheave_common::backend::{self, Backend, TableElement};
 use sheave_common::frontend::{BackendSet, Frontend, FrontendKey, algorithm, client_hash, flags};
 use sheave_common::{DropReason, Ipv4Address, Ipv6Address};
 
@@ -211,8 +211,11 @@ fn pick<A: Family>(set: BackendSet, offset: u32, least: bool) -> u32 {
 /// An element of a set's run: a backend's id, which is to be checked, because it may be written at the same time.
 #[inline(always)]
 fn element(set: BackendSet, offset: u32) -> u32 {
+    let index = set.first + offset;
+    let ids = BACKEND_TABLE.get(index / backend::IDS_PER_ELEMENT);
+    let id = |ids: &TableElement| core::ptr::from_ref(&ids[(index % backend::IDS_PER_ELEMENT) as usize]);
     // SAFETY: an aligned word of an array element.
-    BACKEND_TABLE.get(set.first + offset).map_or(0, |id| unsafe { core::ptr::from_ref(id).read_volatile() })
+    ids.map_or(0, |ids| unsafe { id(ids).read_volatile() })
 }
 
 /// The number that decides on an element of a set's run.

@@ -17,7 +17,7 @@ use aya::{Ebpf, EbpfLoader, Pod, TestRunOptions};
 use sheave::dataplane::{self, Features};
 use sheave::model::desired::Algorithm;
 use sheave::plan::spread;
-use sheave_common::backend::{Backend, flags as backend_flags};
+use sheave_common::backend::{Backend, IDS_PER_ELEMENT, TableElement, flags as backend_flags};
 use sheave_common::config::{Config, Timeouts, flags as config_flags};
 use sheave_common::counter::ServiceCounter;
 use sheave_common::flow::{Flow, FlowKey};
@@ -418,12 +418,13 @@ impl Programs {
 
     fn run(&mut self, ids: &[u32]) -> Result<BackendSet> {
         let first = self.table_used;
-        let mut table = self.array::<u32>(names::BACKEND_TABLE)?;
-        for (index, id) in (first..).zip(ids) {
-            table.set(index, id, 0)?;
+        let mut table = self.array::<TableElement>(names::BACKEND_TABLE)?;
+        for (element, ids) in (first / IDS_PER_ELEMENT..).zip(ids.chunks(IDS_PER_ELEMENT as usize)) {
+            table.set(element, [ids[0], ids.get(1).copied().unwrap_or(0)], 0)?;
         }
-        self.table_used += u32::try_from(ids.len())?;
-        Ok(BackendSet { first, length: u32::try_from(ids.len())? })
+        let length = u32::try_from(ids.len())?;
+        self.table_used += length.next_multiple_of(IDS_PER_ELEMENT);
+        Ok(BackendSet { first, length })
     }
 
     /// A tc program by itself, which another thread can run meanwhile; its packets come in by the loopback device.

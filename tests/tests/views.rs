@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, PerCpuValues};
 use sheave_common::affinity::{Affinity, AffinityKey};
-use sheave_common::backend::{self, Backend};
+use sheave_common::backend::{self, Backend, TableElement};
 use sheave_common::config::{Config, Timeouts};
 use sheave_common::counter::ServiceCounter;
 use sheave_common::flow::{EDGE_UPLINK, Flow, FlowKey, Tuple, flags as flow_flags, state};
@@ -70,8 +70,9 @@ impl Pins {
         config.set(0, settings(), 0)?;
         let name = ServiceName::new(PROTOCOL_TCP, "default/web:http").context("name")?;
         self.hash(names::SERVICE_NAMES, &[(7_u32, name)])?;
-        let mut table: Array<_, u32> = Array::try_from(Map::Array(self.map(names::BACKEND_TABLE)?))?;
-        (5..).zip([31, 30, 31, 99]).try_for_each(|(index, id)| table.set(index, id, 0))?;
+        let mut table: Array<_, TableElement> = Array::try_from(Map::Array(self.map(names::BACKEND_TABLE)?))?;
+        // From index 5 on: 31, 30, 31, 99.
+        (2..).zip([[0, 31], [30, 31], [99, 0]]).try_for_each(|(element, ids)| table.set(element, ids, 0))?;
         let backend = |octet, flags| Backend {
             version: 1,
             service_id: 7,

@@ -220,8 +220,8 @@ macro_rules! sizes {
 sizes! {
     max_services, "SHEAVE_MAX_SERVICES" => services: "Service ports [default: 65536].";
     max_frontends, "SHEAVE_MAX_FRONTENDS" => frontends: "Frontends and the addresses that they are on, per family [default: 131072].";
-    max_backends, "SHEAVE_MAX_BACKENDS" => backends: "Backends, per family [default: 262144].";
-    max_table, "SHEAVE_MAX_TABLE" => table: "Elements of the backend table [default: 524288].";
+    max_backends, "SHEAVE_MAX_BACKENDS" => backends: "Backends, per family [default: 131072].";
+    max_table, "SHEAVE_MAX_TABLE" => table: "Backend ids in the backend table [default: 524288].";
     max_conntrack, "SHEAVE_MAX_CONNTRACK" => conntrack: "Flow entries, two a flow, per family [default: 524288].";
     max_half_open, "SHEAVE_MAX_HALF_OPEN" => half_open:
         "Half-open flow entries, two a flow, per family [default: 131072].";

@@ -80,7 +80,7 @@ impl Census {
             fullness(names::FRONTENDS6, &v6.frontends)?,
             fullness(names::BACKENDS4, &v4.backends)?,
             fullness(names::BACKENDS6, &v6.backends)?,
-            Fullness { map: names::BACKEND_TABLE, entries: table, capacity: maps.backend_table.max_entries() },
+            Fullness { map: names::BACKEND_TABLE, entries: table, capacity: maps.table_size() },
             fullness(names::SERVICE_NAMES, &maps.service_names)?,
             fullness(names::SOURCE_RANGES4, &v4.source_ranges)?,
             fullness(names::SOURCE_RANGES6, &v6.source_ranges)?,

@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use aya::Pod;
 use sheave_common::affinity::{Affinity, AffinityKey};
-use sheave_common::backend::Backend;
+use sheave_common::backend::{Backend, IDS_PER_ELEMENT, TableElement};
 use sheave_common::config::Config;
 use sheave_common::counter::{RejectBudget, ServiceCounter};
 use sheave_common::drop_reason::DROP_COUNTERS;
@@ -72,6 +72,11 @@ impl Definition {
     /// Whether the kernel's map has another size than a flag asks for now.
     pub(super) const fn is_resized(&self, info: &MapInfo) -> bool {
         self.size_flag.is_some() && self.max_entries != info.max_entries
+    }
+
+    /// How many of what the flag counts are in one element: backend ids in the backend table.
+    pub(super) fn flag_unit(&self) -> u32 {
+        if self.name == names::BACKEND_TABLE { IDS_PER_ELEMENT } else { 1 }
     }
 
     /// What differs in the kernel's map, in words, but for a size that a flag sets; `None` if nothing does.
@@ -147,9 +152,10 @@ pub(super) fn definitions(sizes: &MapSizes) -> Vec<Definition> {
     let (hash, lru, array, per_cpu) = ((HASH, NO_PREALLOC), (LRU_HASH, 0), (ARRAY, 0), (PER_CPU_ARRAY, 0));
     let trie = (LPM_TRIE, NO_PREALLOC);
     let frontends = Size::Flag("--max-frontends", sizes.frontends, 131_072);
-    let backends = Size::Flag("--max-backends", sizes.backends, 262_144);
+    let backends = Size::Flag("--max-backends", sizes.backends, 131_072);
     let services = Size::Flag("--max-services", sizes.services, 65_536);
-    let table = Size::Flag("--max-table", sizes.table, 524_288);
+    let ids = sizes.table.map(|ids| ids.div_ceil(IDS_PER_ELEMENT));
+    let table = Size::Flag("--max-table", ids, 524_288 / IDS_PER_ELEMENT);
     let conntrack = Size::Flag("--max-conntrack", sizes.conntrack, 524_288);
     let half_open = Size::Flag("--max-half-open", sizes.half_open, 131_072);
     let affinity = Size::Flag("--max-affinity", sizes.affinity, 65_536);
@@ -162,7 +168,7 @@ pub(super) fn definitions(sizes: &MapSizes) -> Vec<Definition> {
         define::<FrontendKey<V6>, Frontend>(names::FRONTENDS6, hash, frontends),
         define::<u32, Backend<V4>>(names::BACKENDS4, hash, backends),
         define::<u32, Backend<V6>>(names::BACKENDS6, hash, backends),
-        define::<u32, u32>(names::BACKEND_TABLE, array, table),
+        define::<u32, TableElement>(names::BACKEND_TABLE, array, table),
         define::<u32, Load>(names::BACKEND_LOADS, hash, backends),
         define::<FlowKey<V4>, Flow<V4>>(names::CONNTRACK4, lru, conntrack),
         define::<FlowKey<V6>, Flow<V6>>(names::CONNTRACK6, lru, conntrack),

@@ -2,9 +2,10 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use sheave_common::backend::{self, IDS_PER_ELEMENT, TableElement};
 use sheave_common::frontend::{self, FrontendKey};
 use sheave_common::service_name::ServiceName;
-use sheave_common::{Address, Ipv4Address, Ipv6Address, backend};
+use sheave_common::{Address, Ipv4Address, Ipv6Address};
 
 use crate::model::desired::{Protocol, ServiceKey, ServicePortName};
 use crate::model::text::intern;
@@ -74,9 +75,10 @@ pub(super) fn names(operations: &[Operation]) -> Vec<(u32, ServiceName)> {
     operations.iter().map_while(element).collect()
 }
 
-/// The elements of a run of the backend table.
-pub(super) fn run(first: u32, ids: &[u32]) -> impl Iterator<Item = (u32, u32)> {
-    (first..).zip(ids.iter().copied())
+/// The elements of a run of the backend table, which are its alone.
+pub(super) fn run(first: u32, ids: &[u32]) -> impl Iterator<Item = (u32, TableElement)> {
+    let element = |ids: &[u32]| std::array::from_fn(|index| ids.get(index).copied().unwrap_or(0));
+    (first / IDS_PER_ELEMENT..).zip(ids.chunks(IDS_PER_ELEMENT as usize).map(element))
 }
 
 /// The value of a service port's name; `None` if it does not fit.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use sheave_common::affinity::{Affinity, AffinityKey};
-use sheave_common::backend::Backend;
+use sheave_common::backend::{Backend, IDS_PER_ELEMENT, TableElement};
 use sheave_common::config::Config;
 use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::frontend::{Frontend, FrontendKey};
@@ -34,7 +34,7 @@ pub(super) struct Maps {
     pub(super) config: Map<u32, Config>,
     pub(super) v4: FamilyMaps<Ipv4Address>,
     pub(super) v6: FamilyMaps<Ipv6Address>,
-    pub(super) backend_table: Map<u32, u32>,
+    pub(super) backend_table: Map<u32, TableElement>,
     pub(super) backend_loads: Map<u32, Load>,
     pub(super) destinations: Map<u32, u32>,
     pub(super) interfaces: Map<u32, Interface>,
@@ -48,6 +48,11 @@ impl Maps {
             true => Map::open(directory, names::CONFIG, true)?.get(&0),
             false => Ok(None),
         }
+    }
+
+    /// Backend ids that `backend_table` has room for.
+    pub(super) const fn table_size(&self) -> u32 {
+        self.backend_table.max_entries() * IDS_PER_ELEMENT
     }
 
     /// Opens the maps pinned in a directory.

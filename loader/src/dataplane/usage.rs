@@ -29,7 +29,7 @@ pub(super) fn of(counts: &Counts, maps: &Maps, refused: &BTreeMap<&'static str, 
         (names::FRONTENDS6, frontends[1], v6.frontends.max_entries()),
         (names::BACKENDS4, backends[0], v4.backends.max_entries()),
         (names::BACKENDS6, backends[1], v6.backends.max_entries()),
-        (names::BACKEND_TABLE, *table, maps.backend_table.max_entries()),
+        (names::BACKEND_TABLE, *table, maps.table_size()),
         // Id 0 is nobody's.
         (names::SERVICE_NAMES, *names, maps.service_names.max_entries() - 1),
         (names::SOURCE_RANGES4, source_ranges[0], v4.source_ranges.max_entries()),

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use sheave_common::affinity::{Affinity, AffinityKey};
-use sheave_common::backend::Backend;
+use sheave_common::backend::{Backend, IDS_PER_ELEMENT};
 use sheave_common::config::Config;
 use sheave_common::counter::ServiceCounter;
 use sheave_common::flow::{Flow, FlowKey};
@@ -100,13 +100,13 @@ impl PinnedMaps {
         self.maps.config.get(&0)
     }
 
-    /// `backend_table`: the backend id at each index.
+    /// `backend_table`: the backend id at each index of a run.
     ///
     /// # Errors
     ///
     /// If the kernel refuses.
     pub fn backend_table(&self) -> Result<Vec<u32>, MapError> {
-        table(&self.maps, self.maps.backend_table.max_entries())
+        table(&self.maps, self.maps.table_size())
     }
 
     /// `source_ranges4` and `source_ranges6`: service id → clients that its guarded frontends let in.
@@ -183,11 +183,12 @@ impl PinnedMaps {
     }
 }
 
-/// The first elements of `backend_table` as a list, `end` of them.
+/// The first backend ids of `backend_table`: `end` of them or one more, if there are so many.
 pub(super) fn table(maps: &Maps, end: u32) -> Result<Vec<u32>, MapError> {
+    let end = end.div_ceil(IDS_PER_ELEMENT);
     // The kernel reads an array in the order of its indexes.
     let elements = maps.backend_table.dump_while(|index| *index < end)?;
-    Ok(elements.into_iter().map(|(_, id)| id).collect())
+    Ok(elements.into_iter().flat_map(|(_, ids)| ids).collect())
 }
 
 /// How many values an element of a per-CPU map has.

@@ -22,9 +22,9 @@ pub struct Dump {
     pub names: Vec<(u32, Option<ServicePortName>)>,
     /// `source_ranges4` and `source_ranges6`, with their service ids.
     pub source_ranges: Vec<(u32, Network)>,
-    /// `backend_table`, at least as far as frontends name it.
+    /// `backend_table`'s backend ids, at least as far as frontends name them.
     pub table: Vec<u32>,
-    /// Number of its elements.
+    /// How many it has room for.
     pub table_size: u32,
     /// From `config`; 0 if it was never written.
     pub next_backend_id: u32,
@@ -61,7 +61,7 @@ pub struct Counts {
     pub backends: [usize; 2],
     /// `service_names`.
     pub names: usize,
-    /// `backend_table`: elements of runs.
+    /// `backend_table`: backend ids that runs take.
     pub table: usize,
     /// `source_ranges4`, `source_ranges6`.
     pub source_ranges: [usize; 2],
@@ -141,8 +141,8 @@ impl Actual {
         frontends.any(|frontend| frontend.flags & flags::SOURCE_RANGES != 0)
     }
 
-    /// Moves the mirror. Returns the runs that no frontend names any more.
-    pub(super) fn apply(&mut self, write: &Write) -> Vec<u32> {
+    /// Moves the mirror. Returns the runs that no frontend names any more: service id and first index.
+    pub(super) fn apply(&mut self, write: &Write) -> Vec<(u32, u32)> {
         match write {
             Write::Reserve { .. } | Write::WriteRun { .. } => Vec::new(),
             Write::PutName { service_id, name } => {
@@ -182,21 +182,25 @@ impl Actual {
         }
     }
 
-    fn put_frontend(&mut self, address: FrontendAddress, frontend: Frontend) -> Vec<u32> {
-        self.runs.name(frontend.cluster);
-        self.runs.name(frontend.local);
+    fn put_frontend(&mut self, address: FrontendAddress, frontend: Frontend) -> Vec<(u32, u32)> {
+        self.runs.name(frontend.service_id, frontend.cluster);
+        self.runs.name(frontend.service_id, frontend.local);
         let old = self.frontends.insert(address, frontend);
         self.frontend_counts[family(address.address)] += usize::from(old.is_none());
         let unnamed = self.forget(address, old);
-        self.frontends_of.insert((frontend.service_id, address));
+        // A mark is no service port's.
+        if !address.is_mark() {
+            self.frontends_of.insert((frontend.service_id, address));
+        }
         unnamed
     }
 
-    fn forget(&mut self, address: FrontendAddress, old: Option<Frontend>) -> Vec<u32> {
+    fn forget(&mut self, address: FrontendAddress, old: Option<Frontend>) -> Vec<(u32, u32)> {
         let Some(old) = old else { return Vec::new() };
-        self.frontends_of.remove(&(old.service_id, address));
+        let id = old.service_id;
+        self.frontends_of.remove(&(id, address));
         let sets = [old.cluster, old.local];
-        sets.into_iter().filter(|set| self.runs.unname(*set)).map(|set| set.first).collect()
+        sets.into_iter().filter(|set| self.runs.unname(id, *set)).map(|set| (id, set.first)).collect()
     }
 }
 

@@ -11,21 +11,24 @@ pub(super) struct Held {
     address: IpAddr,
     port: u16,
     weight: u16,
-    flags: u32,
+    /// Bits that don't fit are no bits of ours; all are set then, which no backend wants.
+    flags: u16,
     pub(super) id: u32,
 }
 
 impl Held {
     fn new(id: u32, backend: &Backend) -> Self {
-        Self { address: backend.address, port: backend.port, weight: backend.weight, flags: backend.flags, id }
+        let flags = u16::try_from(backend.flags).unwrap_or(u16::MAX);
+        Self { address: backend.address, port: backend.port, weight: backend.weight, flags, id }
     }
 
     pub(super) const fn endpoint(&self) -> SocketAddr {
         SocketAddr::new(self.address, self.port)
     }
 
-    pub(super) const fn backend(&self, service_id: u32) -> Backend {
-        Backend { service_id, address: self.address, port: self.port, weight: self.weight, flags: self.flags }
+    pub(super) fn backend(&self, service_id: u32) -> Backend {
+        let flags = self.flags.into();
+        Backend { service_id, address: self.address, port: self.port, weight: self.weight, flags }
     }
 }
 

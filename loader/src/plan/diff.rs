@@ -29,11 +29,11 @@ pub enum PlanError {
     #[error("every backend id was used; start afresh with `sheave cleanup`")]
     BackendIdsExhausted,
     /// The backend table is full.
-    #[error("map backend_table ({capacity} elements) has no free run of {needed}; raise --max-table")]
+    #[error("map backend_table (room for {capacity}) has no free run of {needed}; raise --max-table")]
     TableFull {
-        /// Elements needed.
+        /// Backend ids of the run.
         needed: usize,
-        /// Elements in all.
+        /// Backend ids that the table has room for.
         capacity: u32,
     },
     /// The name does not fit the map `service_names`.

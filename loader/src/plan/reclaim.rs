@@ -20,7 +20,7 @@ pub struct Grace(u64);
 #[derive(Clone, Debug, Default)]
 pub(super) struct Queue {
     generation: u64,
-    runs: BTreeMap<u32, u64>,
+    runs: BTreeMap<(u32, u32), u64>,
     /// (service id, endpoint, backend id).
     backends: BTreeMap<(u32, SocketAddr, u32), u64>,
     source_ranges: BTreeMap<(u32, Network), u64>,
@@ -29,8 +29,8 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    pub(super) fn runs(&mut self, runs: impl IntoIterator<Item = u32>) {
-        self.runs.extend(runs.into_iter().map(|first| (first, self.generation)));
+    pub(super) fn runs(&mut self, runs: impl IntoIterator<Item = (u32, u32)>) {
+        self.runs.extend(runs.into_iter().map(|run| (run, self.generation)));
     }
 
     pub(super) fn backends(&mut self, service_id: u32, backends: impl IntoIterator<Item = (SocketAddr, u32)>) {
@@ -75,8 +75,8 @@ impl Planner {
 
     /// Frees runs, and plans the deletions of backends, source ranges and names.
     pub fn reclaim(&mut self, Grace(generation): Grace) -> Batch {
-        for first in ripe(&mut self.queue.runs, generation) {
-            self.actual.runs.free_unnamed(first);
+        for (service_id, first) in ripe(&mut self.queue.runs, generation) {
+            self.actual.runs.free_unnamed(service_id, first);
         }
         let mut deleted = BTreeSet::new();
         let mut operations = Vec::new();
@@ -88,7 +88,7 @@ impl Planner {
             let desired = name.and_then(|name| self.services.get(name)).and_then(|service| service.desired.as_ref());
             let is_the_endpoints = self.actual.backends.get(service_id, endpoint).is_some_and(|held| held.id == id);
             let is_wanted = is_the_endpoints && desired.is_some_and(|desired| desired.has(endpoint));
-            if is_wanted || self.actual.runs.reaches(id) {
+            if is_wanted || self.actual.runs.reaches(service_id, id) {
                 continue;
             }
             deleted.insert(id);

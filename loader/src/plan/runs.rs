@@ -1,61 +1,65 @@
 //! The runs of the backend table in use: what they hold, whose they are, and how many frontends name them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 
+use sheave_common::backend::IDS_PER_ELEMENT;
 use sheave_common::frontend::BackendSet;
 
 use super::table::Table;
 
 #[derive(Clone, Debug)]
 struct Run {
-    ids: Box<[u32]>,
-    service_id: u32,
+    /// Index of its first backend id.
+    first: u32,
     /// Frontend sets in the kernel that name it.
     names: u32,
+    ids: Box<[u32]>,
+}
+
+impl Run {
+    fn set(&self) -> BackendSet {
+        BackendSet { first: self.first, length: length(&self.ids) }
+    }
 }
 
 /// All runs.
 #[derive(Clone, Debug)]
 pub(super) struct Runs {
+    /// The table's elements, each of which is one run's.
     table: Table,
-    runs: BTreeMap<u32, Run>,
-    by_service: BTreeMap<u32, BTreeSet<u32>>,
-    /// Backend id → number of runs that hold it and are named by a frontend.
-    named_backends: HashMap<u32, u32>,
-    /// Runs that were allocated and may never have been named.
-    fresh: BTreeSet<u32>,
+    /// Service id → its runs.
+    of: HashMap<u32, Vec<Run>>,
+    /// (service id, first index) of runs that were allocated and may never have been named.
+    fresh: BTreeSet<(u32, u32)>,
 }
 
 impl Runs {
+    /// In a table that has room for so many backend ids.
     pub(super) fn new(capacity: u32) -> Self {
-        Self {
-            table: Table::new(capacity),
-            runs: BTreeMap::new(),
-            by_service: BTreeMap::new(),
-            named_backends: HashMap::new(),
-            fresh: BTreeSet::new(),
-        }
+        Self { table: Table::new(capacity / IDS_PER_ELEMENT), of: HashMap::new(), fresh: BTreeSet::new() }
     }
 
+    /// Backend ids that the table has room for.
     pub(super) const fn capacity(&self) -> u32 {
-        self.table.capacity()
+        self.table.capacity() * IDS_PER_ELEMENT
     }
 
-    /// Elements of the table in use.
+    /// Those that runs take, unused halves of elements included.
     pub(super) const fn used(&self) -> u32 {
-        self.table.used()
+        self.table.used() * IDS_PER_ELEMENT
     }
 
     /// Takes up a run that a frontend in the kernel names. One that overlaps another is left out: its elements are
     /// not reused before the next restart, and the service gets a new run.
     pub(super) fn restore(&mut self, service_id: u32, set: BackendSet, ids: Box<[u32]>) {
-        if set.length == 0 || self.runs.get(&set.first).is_some_and(|run| length(&run.ids) == set.length) {
+        if set.length == 0 || self.get(service_id, set).is_some() {
             return;
         }
-        if self.table.reserve(set.first, set.length) {
-            self.insert(set.first, Run { ids, service_id, names: 0 });
+        let (first, number) = elements(set);
+        if self.table.reserve(first, number) {
+            self.insert(service_id, Run { first: set.first, names: 0, ids });
         } else {
-            for element in set.first..set.first.saturating_add(set.length) {
+            for element in first..first.saturating_add(number) {
                 self.table.reserve(element, 1);
             }
         }
@@ -63,84 +67,75 @@ impl Runs {
 
     /// A run of this service that holds exactly these ids; the one most frontends name if there are several.
     pub(super) fn find(&self, service_id: u32, ids: &[u32]) -> Option<BackendSet> {
-        let candidates = self.by_service.get(&service_id)?.iter();
-        candidates
-            .filter_map(|first| self.runs.get(first).map(|run| (first, run)))
-            .filter(|(_, run)| *run.ids == *ids)
-            .max_by_key(|(first, run)| (run.names, std::cmp::Reverse(**first)))
-            .map(|(first, run)| BackendSet { first: *first, length: length(&run.ids) })
+        let alike = self.of.get(&service_id)?.iter().filter(|run| *run.ids == *ids);
+        alike.max_by_key(|run| (run.names, std::cmp::Reverse(run.first))).map(Run::set)
     }
 
     /// A new run for these ids, of which there is at least one; `None` if the table is full.
     pub(super) fn allocate(&mut self, service_id: u32, ids: Box<[u32]>) -> Option<BackendSet> {
-        let set = BackendSet { first: self.table.allocate(length(&ids))?, length: length(&ids) };
-        self.fresh.insert(set.first);
-        self.insert(set.first, Run { ids, service_id, names: 0 });
+        let first = self.table.allocate(length(&ids).div_ceil(IDS_PER_ELEMENT))? * IDS_PER_ELEMENT;
+        let run = Run { first, names: 0, ids };
+        let set = run.set();
+        self.fresh.insert((service_id, first));
+        self.insert(service_id, run);
         Some(set)
     }
 
-    fn insert(&mut self, first: u32, run: Run) {
-        self.by_service.entry(run.service_id).or_default().insert(first);
-        self.runs.insert(first, run);
+    fn insert(&mut self, service_id: u32, run: Run) {
+        self.of.entry(service_id).or_insert_with(|| Vec::with_capacity(1)).push(run);
     }
 
-    /// A frontend in the kernel names this set now.
-    pub(super) fn name(&mut self, set: BackendSet) {
-        let Some(run) = self.runs.get_mut(&set.first).filter(|run| length(&run.ids) == set.length) else { return };
-        run.names += 1;
-        if run.names == 1 {
-            for id in &run.ids {
-                *self.named_backends.entry(*id).or_default() += 1;
-            }
+    fn get(&self, service_id: u32, set: BackendSet) -> Option<&Run> {
+        self.of.get(&service_id)?.iter().find(|run| run.set() == set)
+    }
+
+    fn get_mut(&mut self, service_id: u32, set: BackendSet) -> Option<&mut Run> {
+        self.of.get_mut(&service_id)?.iter_mut().find(|run| run.set() == set)
+    }
+
+    /// A frontend of this service in the kernel names this set now.
+    pub(super) fn name(&mut self, service_id: u32, set: BackendSet) {
+        if let Some(run) = self.get_mut(service_id, set) {
+            run.names += 1;
         }
     }
 
-    /// A frontend in the kernel names this set no more. True if it was the last one.
-    pub(super) fn unname(&mut self, set: BackendSet) -> bool {
-        let Some(run) = self.runs.get_mut(&set.first).filter(|run| length(&run.ids) == set.length) else {
-            return false;
-        };
+    /// A frontend of this service in the kernel names this set no more. True if it was the last one.
+    pub(super) fn unname(&mut self, service_id: u32, set: BackendSet) -> bool {
+        let Some(run) = self.get_mut(service_id, set) else { return false };
         run.names -= 1;
-        if run.names > 0 {
-            return false;
-        }
-        for id in &run.ids {
-            if let Some(count) = self.named_backends.get_mut(id) {
-                *count -= 1;
-                if *count == 0 {
-                    self.named_backends.remove(id);
-                }
-            }
-        }
-        true
+        run.names == 0
     }
 
-    /// Whether a frontend in the kernel can lead to this backend.
-    pub(super) fn reaches(&self, backend_id: u32) -> bool {
-        self.named_backends.contains_key(&backend_id)
+    /// Whether a frontend of this service in the kernel can lead to this backend.
+    pub(super) fn reaches(&self, service_id: u32, backend_id: u32) -> bool {
+        let mut named = self.of.get(&service_id).into_iter().flatten().filter(|run| run.names > 0);
+        named.any(|run| run.ids.contains(&backend_id))
     }
 
     /// Frees a run unless a frontend names it.
-    pub(super) fn free_unnamed(&mut self, first: u32) {
-        if self.runs.get(&first).is_none_or(|run| run.names > 0) {
-            return;
-        }
-        let Some(run) = self.runs.remove(&first) else { return };
-        self.table.free(first, length(&run.ids));
-        if let Some(of_service) = self.by_service.get_mut(&run.service_id) {
-            of_service.remove(&first);
-            if of_service.is_empty() {
-                self.by_service.remove(&run.service_id);
-            }
+    pub(super) fn free_unnamed(&mut self, service_id: u32, first: u32) {
+        let Some(of) = self.of.get_mut(&service_id) else { return };
+        let Some(index) = of.iter().position(|run| run.first == first && run.names == 0) else { return };
+        let (first, number) = elements(of.swap_remove(index).set());
+        self.table.free(first, number);
+        if of.is_empty() {
+            self.of.remove(&service_id);
         }
     }
 
     /// At the end of a batch: runs that it allocated and nothing names were never seen by a packet.
     pub(super) fn free_fresh(&mut self) {
-        for first in std::mem::take(&mut self.fresh) {
-            self.free_unnamed(first);
+        for (service_id, first) in std::mem::take(&mut self.fresh) {
+            self.free_unnamed(service_id, first);
         }
     }
+}
+
+/// First element of the table that a set lies in, and how many there are. A set of ours begins with an element's first id.
+const fn elements(set: BackendSet) -> (u32, u32) {
+    let first = set.first / IDS_PER_ELEMENT;
+    (first, set.first.saturating_add(set.length).div_ceil(IDS_PER_ELEMENT) - first)
 }
 
 /// Number of elements of a run; a set has no more than the table, whose size is a u32.

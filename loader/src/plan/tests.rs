@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use sheave_common::backend::IDS_PER_ELEMENT;
 use sheave_common::backend::flags::{IN_CLUSTER_SET, SERVING};
 use sheave_common::frontend::BackendSet;
 use sheave_common::frontend::flags::{
@@ -96,16 +97,21 @@ impl Maps {
                 assert!(self.names.contains_key(&backend.service_id));
             }
             Write::WriteRun { first, ids } => {
-                let run = *first..*first + ids.len() as u32;
+                // Whole elements are written.
+                assert!(first.is_multiple_of(IDS_PER_ELEMENT), "a run begins within an element");
+                let run = *first..*first + (ids.len() as u32).next_multiple_of(IDS_PER_ELEMENT);
                 for frontend in self.frontends.values() {
                     for set in [frontend.cluster, frontend.local] {
                         assert!(!elements(set).any(|e| run.contains(&e)), "a run is overwritten while it is named");
                     }
                 }
-                for (element, id) in run.zip(ids) {
-                    assert!(self.backends.contains_key(id), "a run names a backend that is not there");
-                    self.table[element as usize] = *id;
-                    self.written.insert(element);
+                for (index, id) in run.zip(ids.iter().map(Some).chain([None])) {
+                    assert!(
+                        id.is_none_or(|id| self.backends.contains_key(id)),
+                        "a run names a backend that is not there"
+                    );
+                    self.table[index as usize] = id.copied().unwrap_or(0);
+                    self.written.insert(index);
                 }
             }
             Write::PutSourceRange { service_id, network } => {

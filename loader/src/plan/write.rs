@@ -112,9 +112,9 @@ pub enum Write {
         /// Its value.
         backend: Backend,
     },
-    /// `backend_table`: the elements of a run that no frontend names.
+    /// `backend_table`: a run that no frontend names.
     WriteRun {
-        /// Index of the first element.
+        /// Index of its first backend id.
         first: u32,
         /// Backend ids.
         ids: Vec<u32>,

@@ -19,8 +19,8 @@ struct Tight {
 const TIGHT: [Tight; 4] = [
     Tight { map: names::FRONTENDS4, flag: "--max-frontends", set: |sizes| sizes.frontends = Some(4) },
     Tight { map: names::BACKENDS4, flag: "--max-backends", set: |sizes| sizes.backends = Some(4) },
-    // The cluster sets, and the local set of the one that has an endpoint here.
-    Tight { map: names::BACKEND_TABLE, flag: "--max-table", set: |sizes| sizes.table = Some(5) },
+    // The cluster sets, and the local set of the one that has an endpoint here; each in elements of its own.
+    Tight { map: names::BACKEND_TABLE, flag: "--max-table", set: |sizes| sizes.table = Some(8) },
     Tight { map: names::SERVICE_NAMES, flag: "--max-services", set: |sizes| sizes.services = Some(3) },
 ];
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::mem::offset_of;
 
 use sheave_common::affinity::{Affinity, AffinityKey};
-use sheave_common::backend::Backend;
+use sheave_common::backend::{Backend, TableElement};
 use sheave_common::config::{Config, Timeouts};
 use sheave_common::counter::{RejectBudget, ServiceCounter};
 use sheave_common::event::Event;
@@ -34,7 +34,7 @@ pub(crate) fn maps() -> BTreeMap<String, (Shape, Shape)> {
         row::<FrontendKey<V6>, Frontend>(names::FRONTENDS6),
         row::<u32, Backend<V4>>(names::BACKENDS4),
         row::<u32, Backend<V6>>(names::BACKENDS6),
-        row::<u32, u32>(names::BACKEND_TABLE),
+        row::<u32, TableElement>(names::BACKEND_TABLE),
         row::<u32, Load>(names::BACKEND_LOADS),
         row::<FlowKey<V4>, Flow<V4>>(names::CONNTRACK4),
         row::<FlowKey<V6>, Flow<V6>>(names::CONNTRACK6),

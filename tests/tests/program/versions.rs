@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use aya::maps::{Array, HashMap, MapData};
-use sheave_common::backend::{Backend, flags as backend_flags};
+use sheave_common::backend::{Backend, TableElement, flags as backend_flags};
 use sheave_common::frontend::{BackendSet, Frontend, FrontendKey, flags};
 use sheave_common::{Address as _, DropReason, Ipv4Address, PROTOCOL_UDP, names};
 use sheave_tests::packet::{Packet, View};
@@ -22,7 +22,7 @@ const RUNS: u64 = 512;
 struct Writer {
     frontends: HashMap<MapData, FrontendKey<Ipv4Address>, Frontend>,
     backends: HashMap<MapData, u32, Backend<Ipv4Address>>,
-    table: Array<MapData, u32>,
+    table: Array<MapData, TableElement>,
     version: u64,
 }
 
@@ -54,7 +54,10 @@ impl Writer {
                 reserved: Ipv4Address::FILL,
             };
             self.backends.insert(base + n, backend, 0).unwrap();
-            self.table.set(first + n, base + n, 0).unwrap();
+            // Whole elements, each as soon as its backends are there.
+            if n % 2 == 1 {
+                self.table.set((first + n) / 2, [base + n - 1, base + n], 0).unwrap();
+            }
         }
         self.version += 1;
         let frontend = Frontend {

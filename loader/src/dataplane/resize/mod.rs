@@ -59,11 +59,12 @@ pub(super) fn prepare(pins: &Pins, definitions: &mut [Definition], tcx: bool) ->
     for definition in definitions {
         let Some(info) = pins.pinned(definition)?.filter(|info| definition.is_resized(info)) else { continue };
         let pin = pins.map(definition);
-        let (flag, asked) = (definition.size_flag.unwrap_or_default(), definition.max_entries);
+        let (flag, unit) = (definition.size_flag.unwrap_or_default(), definition.flag_unit());
+        let asked = definition.max_entries * unit;
         if !tcx {
-            return Err(DataplaneError::CannotResize { pin, pinned: info.max_entries, flag, asked });
+            return Err(DataplaneError::CannotResize { pin, pinned: info.max_entries * unit, flag, asked });
         }
-        let held = contents::count(definition.name, pins.directory())?;
+        let held = contents::count(definition.name, pins.directory())? * unit as usize;
         if held > asked as usize {
             return Err(DataplaneError::TooSmall { pin, held, flag, asked });
         }

@@ -15,12 +15,13 @@ use crate::goal::{Goal, Reach};
 use crate::progress::Progress;
 
 /// Maps whose size follows from services, names and counters included.
-const SERVICE_MAPS: [&str; 7] = [
+const SERVICE_MAPS: [&str; 8] = [
     names::FRONTENDS4,
     names::FRONTENDS6,
     names::BACKENDS4,
     names::BACKENDS6,
     names::BACKEND_TABLE,
+    names::BACKEND_LOADS,
     names::SERVICE_NAMES,
     names::SERVICE_COUNTERS,
 ];
