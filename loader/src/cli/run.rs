@@ -198,8 +198,8 @@ macro_rules! sizes {
     ($($flag:ident, $env:literal => $field:ident: $help:literal;)+) => {
         #[derive(Clone, Debug, Args)]
         #[command(
-            next_help_heading = "Maximum entries of the maps (fixed while pins exist; defaults are for 8 GiB of memory or more, and half of \
-                                 that for each halving, to a sixteenth)"
+            next_help_heading = "Maximum entries of the maps (another one counts from the next start; defaults are for 8 GiB of \
+                                 memory or more, and half of that for each halving, to a sixteenth)"
         )]
         struct SizeArgs {
             $(

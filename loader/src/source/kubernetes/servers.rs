@@ -11,10 +11,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::{Request, Response, StatusCode, Uri};
-use kube::client::Body;
+use hyper_timeout::TimeoutConnector;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use kube::client::{Body, ConfigExt as _};
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config};
 use tokio::time::Instant;
+use tower::{BoxError, ServiceBuilder};
 use tracing::{info, warn};
 
 use super::super::SourceError;
@@ -27,6 +31,12 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a server may be silent within an answer: more than a watch lasts (290 s).
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(330);
+
+/// After how much silence a server's machine is asked whether it is still there, how often again, and how many times: one that
+/// lost its power ends no connection, and a watch may be silent for long.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
+const KEEPALIVE_PROBES: u32 = 3;
 
 /// Least time between two starts of the same watch. A server, or something before it, that ends watches at once would
 /// otherwise be asked as fast as it answers: the watcher goes on without a pause.
@@ -229,10 +239,32 @@ fn server(config: &Config, uri: Uri) -> Result<Server, SourceError> {
     config.read_timeout = Some(SILENCE_TIMEOUT);
     // Failures are to be seen here, where the next server is known.
     config.default_retry = false;
-    match Client::try_from(config) {
+    match client(config) {
         Ok(client) => Ok(Server { name, client }),
         Err(source) => Err(SourceError::Client { server: name, source: Box::new(source) }),
     }
+}
+
+/// As kube makes it, but for TCP's keep-alive.
+fn client(config: Config) -> Result<Client, kube::Error> {
+    if config.proxy_url.is_some() {
+        return Client::try_from(config);
+    }
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_keepalive(Some(KEEPALIVE));
+    tcp.set_keepalive_interval(Some(KEEPALIVE_INTERVAL));
+    tcp.set_keepalive_retries(Some(KEEPALIVE_PROBES));
+    let mut connector = TimeoutConnector::new(config.rustls_https_connector_with_connector(tcp)?);
+    connector.set_connect_timeout(config.connect_timeout);
+    connector.set_read_timeout(config.read_timeout);
+    let service = ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer()?)
+        .layer(config.extra_headers_layer()?)
+        .map_err(BoxError::from)
+        .service(hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build(connector));
+    Ok(Client::new(service, config.default_namespace))
 }
 
 /// What the certificates of API servers are checked against that the cluster names by address: the configured name, because
