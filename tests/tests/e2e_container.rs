@@ -159,6 +159,10 @@ fn the_container_serves_with_the_rights_in_its_manifest() -> Result<()> {
             .any(|line| line.starts_with(&format!("{metric}{{")) || line.starts_with(&format!("{metric} ")));
         ensure!(is_there, "the dashboard asks for {metric}, which is not exported:\n{text}");
     }
+    let page = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/docs/metrics.md"))?;
+    for metric in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()) {
+        ensure!(page.contains(&format!("\n| `{metric}` |")), "deploy/docs/metrics.md says nothing of {metric}");
+    }
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! What `deploy/` installs: the kustomize base and the Helm chart make the same objects, which are sound, and every option of
 //! `sheave run` is in both.
 
+mod docs;
 mod helm;
 mod options;
 
