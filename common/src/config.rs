@@ -75,6 +75,9 @@ pub mod flags {
     pub const SERVICE_CIDRS6: u32 = 1 << 6;
     /// There may be flows that bypass netfilter ([`crate::flow::EDGE_BYPASS`]); never taken back.
     pub const BYPASSED: u32 = 1 << 7;
+    /// Another proxy takes over: what no flow knows passes untouched, and sockets are no longer pointed at backends. Flows and
+    /// sockets that are known carry on.
+    pub const LEAVING: u32 = 1 << 8;
 }
 
 impl Timeouts {

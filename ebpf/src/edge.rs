@@ -171,6 +171,7 @@ fn miss<C: Context, A: Network>(
 ) -> u64 {
     let verdict = match classify(packet) {
         Unknown::Foreign => Verdict::Pass,
+        _ if is_set(config_flags::LEAVING) => Verdict::Pass,
         // Its first fragment had a flow, which is gone.
         _ if packet.part == Part::Later => Verdict::Drop(DropReason::Fragment),
         Unknown::Martian if C::XDP => Verdict::Pass,
@@ -184,7 +185,7 @@ fn miss<C: Context, A: Network>(
         _ if C::XDP => Verdict::Pass,
         Unknown::Unallocated => Verdict::Drop(DropReason::Unallocated),
         Unknown::NoSuchPort => return refuse(ctx, packet, origin, DropReason::UnknownPort),
-        Unknown::MidFlow if draining() => Verdict::Pass,
+        Unknown::MidFlow if is_set(config_flags::DRAIN_FOREIGN) => Verdict::Pass,
         // A process of this node has taken a nodePort's number as its own port.
         Unknown::MidFlow if packet.key.protocol == PROTOCOL_TCP && own::connection(ctx, &packet.key.tuple) => {
             Verdict::Pass
@@ -223,10 +224,10 @@ enum Unknown {
     Foreign,
 }
 
-/// Whether connections of another proxy are draining.
+/// Whether the configuration has a flag.
 #[inline(always)]
-fn draining() -> bool {
-    maps::config().is_some_and(|config| config.flags & config_flags::DRAIN_FOREIGN != 0)
+fn is_set(flag: u32) -> bool {
+    maps::config().is_some_and(|config| config.flags & flag != 0)
 }
 
 /// Whether an address that is no frontend's lies inside a ServiceCIDR.
@@ -286,7 +287,7 @@ fn aside<C: Context, A: Network>(ctx: &C, packet: &Packet<A>, kind: Kind) -> u64
         frontend_flags::SERVICE_ADDRESS => reason != DropReason::UnsupportedProtocol,
         _ => true,
     };
-    if service && kind != Kind::BadLength {
+    if service && kind != Kind::BadLength && !is_set(config_flags::LEAVING) {
         return Verdict::Drop(reason).to_bits();
     }
     if reason == DropReason::Malformed {

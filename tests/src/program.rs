@@ -218,9 +218,15 @@ impl Programs {
                 config_flags::SERVICE_CIDRS6
             }
         };
+        self.configure(|config| config.flags |= flag)
+    }
+
+    /// Changes the configuration.
+    pub fn configure(&mut self, adjust: impl FnOnce(&mut Config)) -> Result<()> {
         let mut map = self.array::<Config>(names::CONFIG)?;
-        let config = map.get(&0, 0)?;
-        Ok(map.set(0, Config { flags: config.flags | flag, ..config }, 0)?)
+        let mut config = map.get(&0, 0)?;
+        adjust(&mut config);
+        Ok(map.set(0, config, 0)?)
     }
 
     /// A second handle of a map, for another thread.

@@ -190,6 +190,12 @@ fn to_peer<F: Form>(call: &Call<'_, F>) -> Option<i32> {
 #[inline(never)]
 fn balance<F: Form>(call: &Call<'_, F>, request: Request) -> i32 {
     let key = FrontendKey::new(call.address, call.port_be, call.protocol);
+    if call.config.flags & config_flags::LEAVING != 0 {
+        if request == Request::Connect || !keep(call, &key) {
+            forget(call, request);
+        }
+        return ALLOW;
+    }
     let Some(element) = F::Address::frontend(&key) else {
         if maps::mark(call.address) & flags::WHOLE_ADDRESS != 0 {
             return refuse(call, DropReason::UnknownPort);

@@ -87,6 +87,27 @@ fn connections_of_another_proxy_drain_in_peace_when_asked_to() {
 }
 
 #[test]
+fn who_leaves_keeps_the_flows_that_are_known_and_passes_everything_else() {
+    let mut programs = Programs::load().unwrap();
+    for (id, protocol) in [(1, PROTOCOL_TCP), (2, PROTOCOL_UDP)] {
+        programs.service(&cluster_ip(id, protocol, VIP, &["10.1.0.2:8080"])).unwrap();
+    }
+    let known = Packet::udp(CLIENT, VIP).payload(b"x").build();
+    let translated = pod(&mut programs, "pod_ingress", &known).packet;
+    assert_ne!(translated, known.to_vec());
+    programs.configure(|config| config.flags |= sheave_common::config::flags::LEAVING).unwrap();
+    assert_eq!(pod(&mut programs, "pod_ingress", &known).packet, translated, "a flow that is known");
+    let (syn, segment) = (Packet::tcp(CLIENT, VIP, SYN), Packet::tcp(CLIENT, VIP, PSH | ACK).payload(b"x"));
+    // The address has no such port, and neither has the other proxy to be asked here.
+    let (datagram, unknown) = (Packet::udp("10.1.0.1:9", VIP), Packet::tcp(CLIENT, "10.96.0.1:9", SYN));
+    for packet in [syn, segment, datagram, unknown] {
+        let packet = packet.build();
+        let out = pod(&mut programs, "pod_ingress", &packet);
+        assert_eq!((out.action, out.packet), (NEXT, packet.to_vec()));
+    }
+}
+
+#[test]
 fn traffic_that_is_not_ours_is_never_touched() {
     let mut programs = two_services();
     let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
