@@ -9,7 +9,7 @@ use sheave_common::{DropReason, PROTOCOL_TCP, PROTOCOL_UDP};
 
 use crate::balance::Origin;
 use crate::context::{Addressee, Context};
-use crate::maps::{self, Family};
+use crate::maps::{self, Family, Table};
 use crate::packet::network::Network;
 use crate::packet::transport::flags as tcp;
 use crate::packet::{Kind, Packet, Part};
@@ -171,7 +171,12 @@ fn miss<C: Context, A: Network>(
 ) -> u64 {
     let verdict = match classify(packet) {
         Unknown::Foreign => Verdict::Pass,
-        _ if is_set(config_flags::LEAVING) => Verdict::Pass,
+        _ if is_set(config_flags::LEAVING) => {
+            // A closed flow of the same client and port must not catch what follows.
+            A::remove_flow(Table::Established, &packet.key);
+            A::remove_flow(Table::HalfOpen, &packet.key);
+            Verdict::Pass
+        }
         // Its first fragment had a flow, which is gone.
         _ if packet.part == Part::Later => Verdict::Drop(DropReason::Fragment),
         Unknown::Martian if C::XDP => Verdict::Pass,

@@ -42,8 +42,10 @@ pub struct RunConfig {
     pub snat_ports: (u16, u16),
     /// Rejects and resets that one CPU may send in a second.
     pub rejects_per_second: u32,
-    /// Pass mid-flow TCP that no flow knows, while connections of another proxy drain.
-    pub drain_foreign: bool,
+    /// When TCP connections that another proxy translates are left to it.
+    pub drain_foreign: DrainForeign,
+    /// Take no new connections, and leave this node when the last one has ended, or after this time.
+    pub drain: Option<Duration>,
     /// Whether traffic to pods of this node bypasses netfilter.
     pub bypass_netfilter: Bypass,
     /// Where `/healthz` and `/livez` are served.
@@ -84,6 +86,19 @@ pub enum ConnectMode {
     /// Every process below the cgroup.
     All,
     /// None.
+    Off,
+}
+
+/// When mid-flow TCP to a frontend that no flow knows is passed instead of reset, because another proxy translates it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DrainForeign {
+    /// While kube-proxy's rules are there, or connections that netfilter translates to a frontend.
+    Auto,
+    /// Always.
+    On,
+    /// For so long.
+    For(Duration),
+    /// Never.
     Off,
 }
 
@@ -186,7 +201,8 @@ impl RunConfig {
             timeouts: Timeouts::DEFAULT,
             snat_ports: (10_000, 29_999),
             rejects_per_second: 1_000,
-            drain_foreign: false,
+            drain_foreign: DrainForeign::Auto,
+            drain: None,
             bypass_netfilter: Bypass::Off,
             healthz: BindAddresses(vec![
                 (Ipv4Addr::UNSPECIFIED, HEALTHZ_PORT).into(),

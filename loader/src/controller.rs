@@ -7,6 +7,7 @@
 
 mod inputs;
 mod memory;
+mod migration;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -19,7 +20,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
-use crate::config::{Bypass, RunConfig, SourceConfig};
+use crate::config::{Bypass, DrainForeign, RunConfig, SourceConfig};
 use crate::dataplane::{self, Applied, Dataplane, DataplaneError};
 use crate::interfaces::{self, Event, Interface, InterfaceError};
 use crate::model::desired::{ServiceKey, ServicePort, ServicePortName};
@@ -30,6 +31,7 @@ use crate::plan::Grace;
 use crate::serve::{self, Arrival, Status};
 use crate::source::{self, SourceError, SourceEvent};
 use inputs::{Input, Inputs, Passing, QUEUE};
+use migration::Over;
 
 /// The least time between two passes: what arrives meanwhile becomes one.
 const PAUSE: Duration = Duration::from_millis(2);
@@ -64,30 +66,57 @@ pub enum ControllerError {
     Ended,
 }
 
-/// Runs until `shutdown` completes, and leaves the dataplane in place. What others ask is answered by the runtime `servers`.
+/// Runs until `shutdown` completes, and leaves the dataplane in place; or, with [`RunConfig::drain`], removes it when nothing
+/// needs it any more, and waits for `shutdown` then: who supervises a daemon starts it again when it ends.
+/// What others ask is answered by the runtime `servers`.
 ///
 /// # Errors
 ///
 /// Only what waiting does not mend; failures to apply a change are logged and retried.
 pub async fn run(
-    config: RunConfig,
+    mut config: RunConfig,
     servers: &Handle,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ControllerError> {
-    let (status, answering) = serve::new(&config);
+    let mut shutdown = std::pin::pin!(shutdown);
+    if config.drain.is_some() {
+        // What belongs to no flow is another proxy's anyway.
+        config.drain_foreign = DrainForeign::Off;
+        if config.pin_path.exists() && !serve_until(&config, servers, shutdown.as_mut()).await? {
+            return Ok(());
+        }
+        dataplane::cleanup(&config.pin_path)?;
+        info!("drained: nothing of Sheave is left on this node; waiting to be stopped");
+        shutdown.await;
+        return Ok(());
+    }
+    migration::settle(&mut config);
+    serve_until(&config, servers, shutdown).await.map(drop)
+}
+
+/// Runs until `shutdown` completes, or the last connection has drained, which it says.
+async fn serve_until(
+    config: &RunConfig,
+    servers: &Handle,
+    mut shutdown: std::pin::Pin<&mut impl Future<Output = ()>>,
+) -> Result<bool, ControllerError> {
+    let (status, answering) = serve::new(config);
     let mut tasks = JoinSet::new();
-    // First of all: a starting proxy is live.
-    let answering = async {
-        answering.run().await;
-        Ok(())
-    };
-    tasks.spawn_on(answering, servers);
-    if config.bypass_netfilter == Bypass::Safe {
+    // First of all: a starting proxy is live. Who leaves has nothing to say, and another proxy needs the ports.
+    if config.drain.is_none() {
+        let answering = async {
+            answering.run().await;
+            Ok(())
+        };
+        tasks.spawn_on(answering, servers);
+    }
+    if config.bypass_netfilter == Bypass::Safe && config.drain.is_none() {
         netfilter::may_be_bypassed()?;
     }
-    let dataplane = Dataplane::open(&config)?;
+    let dataplane = Dataplane::open(config)?;
     let (source_sender, source_events) = mpsc::channel(QUEUE);
     let (interface_sender, interface_events) = mpsc::channel(QUEUE);
+    let (over, overs) = mpsc::channel(1);
     let (node_addresses, watched_addresses) = watch::channel(Vec::new());
     let (rules, source, node) = (config.interfaces.clone(), config.source.clone(), config.node_name.clone());
     let known = match &source {
@@ -96,15 +125,22 @@ pub async fn run(
     };
     tasks.spawn(async { source::run(source, known, node, source_sender).await.map_err(ControllerError::from) });
     tasks.spawn(async { interfaces::run(rules, watched_addresses, interface_sender).await.map_err(From::from) });
-    let mut inputs = Inputs { source: source_events, interfaces: interface_events, tasks };
-    let mut controller = Controller::new(&config, dataplane, node_addresses, status);
-    let mut shutdown = std::pin::pin!(shutdown);
+    if let Some(time) = config.drain {
+        tasks.spawn(migration::own(time, config.pin_path.clone(), over.clone()));
+    }
+    // What is a frontend has to be known first.
+    let mut foreign = Some(migration::foreign(config.drain_foreign, config.pin_path.clone(), over));
+    let mut inputs = Inputs { source: source_events, interfaces: interface_events, overs, tasks };
+    let mut controller = Controller::new(config, dataplane, node_addresses, status);
     loop {
         let due = controller.due();
         let input = tokio::select! {
-            () = &mut shutdown => return Ok(()),
+            () = &mut shutdown => return Ok(false),
             input = inputs.next(due, &mut controller.grace) => input?,
         };
+        if matches!(input, Input::Over(Over::Own)) {
+            return Ok(true);
+        }
         controller.status.wake();
         controller.take(input);
         // What waits already becomes one pass with it.
@@ -113,6 +149,11 @@ pub async fn run(
             controller.take(input);
         }
         controller.pass();
+        if controller.settled
+            && let Some(foreign) = foreign.take()
+        {
+            inputs.tasks.spawn(foreign);
+        }
     }
 }
 
@@ -185,8 +226,16 @@ impl Controller {
             Input::Source(event) => self.source_event(event),
             Input::Interface(event) => self.interface_event(event),
             Input::GraceOver(grace) => self.reclaim(grace),
+            Input::Over(_) => self.end_foreign(),
             // A pass follows in any case.
             Input::Due => {}
+        }
+    }
+
+    fn end_foreign(&mut self) {
+        match self.dataplane.end_foreign() {
+            Ok(()) => info!("connections of another proxy have drained"),
+            Err(error) => error!(error = chain(&error), "cannot tell the programs that the other proxy has drained"),
         }
     }
 

@@ -5,6 +5,7 @@
 /// The BPF object file that this build embeds.
 pub static EBPF_OBJECT: &[u8] = aya::include_bytes_aligned!(env!("SHEAVE_EBPF_OBJECT"));
 
+pub mod check;
 pub mod cli;
 pub mod config;
 pub mod controller;

@@ -1,16 +1,21 @@
 //! The `sheave` binary: parses the command line, starts logging, and calls what was asked for.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
-use sheave::cli::{self, Cli, Command, RunArgs, logging, views};
-use sheave::controller;
+use sheave::check::{self, Verdict};
+use sheave::cli::{self, CheckArgs, Cli, Command, RunArgs, logging, views};
+use sheave::netfilter::kube_proxy;
+use sheave::{controller, dataplane, interfaces};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info};
 
+/// Where kube-proxy's IPVS mode parks the addresses of Services.
+const IPVS_DEVICE: &str = "kube-ipvs0";
 /// How long blocking work may take to end after a stop.
 const STOP: Duration = Duration::from_secs(1);
 
@@ -44,7 +49,9 @@ fn command(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Monitor(args) => cli::monitor::monitor(args)?,
         Command::Trace(args) => return Ok(cli::trace::trace(args)?),
         Command::Report(args) => views::print(&format!("{}\n", cli::report::report(args)?.display()))?,
-        Command::Cleanup(pins) => sheave::dataplane::cleanup(&pins.pin_path)?,
+        Command::Check(args) => check(args)?,
+        Command::Cleanup(args) if args.kube_proxy => clean_up_kube_proxy(&args.pins.pin_path)?,
+        Command::Cleanup(args) => dataplane::cleanup(&args.pins.pin_path)?,
         Command::Completions { shell } => views::print(&cli::completions(*shell))?,
         Command::Manual { folder } => {
             cli::manual(folder).with_context(|| format!("cannot write manual pages into {}", folder.display()))?;
@@ -55,6 +62,51 @@ fn command(command: &Command) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Looks at this node, and fails if something does.
+fn check(args: &CheckArgs) -> anyhow::Result<()> {
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let findings = runtime.block_on(check::run(&args.config()?));
+    views::print(&args.show(&findings)?)?;
+    let failed = findings.iter().filter(|finding| finding.verdict == Verdict::Fail).count();
+    anyhow::ensure!(failed == 0, "{failed} of {} checks failed", findings.len());
+    Ok(())
+}
+
+/// Removes what kube-proxy left, and says what that was.
+fn clean_up_kube_proxy(pin_path: &Path) -> anyhow::Result<()> {
+    let serves = dataplane::PinnedMaps::open(pin_path).is_ok_and(|maps| {
+        let held = |frontends: Result<bool, _>| frontends.unwrap_or(false);
+        held(maps.frontends4().map(|all| !all.is_empty())) || held(maps.frontends6().map(|all| !all.is_empty()))
+    });
+    anyhow::ensure!(
+        serves,
+        "{} holds no Services: without kube-proxy's rules nobody would serve them; start `sheave run` first",
+        pin_path.display()
+    );
+    let mut removed = kube_proxy::remove()?;
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    if runtime.block_on(interfaces::remove(IPVS_DEVICE))? {
+        removed.gone.push(format!("interface {IPVS_DEVICE}; what IPVS itself balances goes with `ipvsadm --clear`"));
+    }
+    let mut lines: Vec<String> = removed.gone.iter().map(|what| format!("removed {what}\n")).collect();
+    if lines.is_empty() {
+        lines.push("nothing of kube-proxy is here\n".to_owned());
+    }
+    if !removed.kept.is_empty() {
+        let (translated, tables) = (removed.translated, keepers(&removed.kept));
+        lines.push(format!(
+            "netfilter still translates {translated} connections; {tables} holds the nat chain that it needs for that, until \
+             `sheave run` sees that the last has ended\n"
+        ));
+    }
+    Ok(views::print(&lines.concat())?)
+}
+
+fn keepers(families: &[&str]) -> String {
+    let tables: Vec<_> = families.iter().map(|family| format!("table {family} {}", kube_proxy::KEEPER)).collect();
+    tables.join(" and ")
 }
 
 fn run(args: &RunArgs) -> anyhow::Result<()> {

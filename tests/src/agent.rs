@@ -233,8 +233,16 @@ impl Agent {
     /// # Errors
     /// If it fails.
     pub fn clean_up(&self) -> Result<String> {
+        self.clean_up_with(&[])
+    }
+
+    /// Runs `sheave cleanup` with more arguments.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn clean_up_with(&self, arguments: &[&str]) -> Result<String> {
         let mut command = self.namespace.command(built("sheave")?);
-        command.arg("cleanup").arg("--pin-path").arg(&self.pins);
+        command.arg("cleanup").arg("--pin-path").arg(&self.pins).args(arguments);
         Process::start("sheave cleanup", &mut command)?.finish(Duration::from_secs(10))
     }
 }

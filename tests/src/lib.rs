@@ -17,6 +17,7 @@ pub mod forward;
 pub mod held;
 pub mod http;
 pub mod kube_api;
+pub mod kube_proxy;
 pub mod kubectl;
 pub mod leftovers;
 pub mod log;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 
 use crate::family::Family;
+use crate::kube_proxy;
 use crate::topology::{Node, Pod};
 
 /// A folder of manifests, removed on drop.
@@ -172,6 +173,21 @@ impl Service {
     pub fn external_local(mut self) -> Self {
         self.external_local = true;
         self
+    }
+
+    /// Its ports of a family as kube-proxy would have netfilter serve them, to these pods.
+    pub fn ruleset<'a>(&self, family: Family, pods: impl IntoIterator<Item = &'a Pod>) -> Vec<kube_proxy::Port> {
+        let pods: Vec<IpAddr> = pods.into_iter().map(|pod| pod.address_of(family)).collect();
+        let addresses = self.cluster_ips.iter().filter(|address| Family::of(**address) == family);
+        let ports = addresses.flat_map(|address| self.ports.iter().map(move |port| (*address, port)));
+        let ports = ports.map(|(address, port)| kube_proxy::Port {
+            name: format!("{}-{}", self.name, port.name),
+            at: (address, port.port).into(),
+            protocol: if port.protocol == "TCP" { "tcp" } else { "udp" },
+            node_port: port.node_port,
+            endpoints: pods.iter().map(|pod| (*pod, port.target).into()).collect(),
+        });
+        ports.collect()
     }
 
     /// The Service and its EndpointSlices as YAML.

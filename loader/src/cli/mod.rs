@@ -1,5 +1,6 @@
 //! The command line: flags and environment variables in, a [`crate::config::RunConfig`] or something to look at out.
 
+pub mod check;
 mod documents;
 mod http;
 pub mod logging;
@@ -14,6 +15,7 @@ pub mod views;
 
 use clap::{Args, Parser, Subcommand};
 
+pub use check::CheckArgs;
 pub use documents::{completions, manual};
 pub use run::RunArgs;
 
@@ -111,8 +113,6 @@ pub enum Command {
     /// Write an archive for a bug report. It holds no credentials.
     #[command(after_help = "Examples:\n  sheave report --file /tmp/sheave.tar.gz")]
     Report(report::ReportArgs),
-    /// Remove every trace of Sheave from this node: programs, links and maps. Refused while `sheave run` runs.
-    Cleanup(PinArgs),
     /// Print a shell's completions for this program.
     #[command(
         after_help = "Examples:\n  source <(sheave completions bash)\n  sheave completions fish > ~/.config/fish/completions/sheave.fish"
@@ -127,8 +127,34 @@ pub enum Command {
         /// The folder.
         folder: std::path::PathBuf,
     },
+    /// Look at this node before Sheave is installed, or while it runs, with the flags that `sheave run` is to have: kernel, mounts,
+    /// rights, interfaces, settings, other balancers, programs and rules. Ends with 1 if something fails.
+    Check(Box<CheckArgs>),
+    /// Remove every trace of Sheave from this node: programs, links and maps. Refused while `sheave run` runs. Or, with
+    /// --kube-proxy, what kube-proxy left.
+    Cleanup(CleanupArgs),
     /// Print the version, and that of the map layouts.
     Version,
+}
+
+/// What to remove.
+#[derive(Clone, Debug, Args)]
+pub struct CleanupArgs {
+    /// Where the pins are.
+    #[command(flatten)]
+    pub pins: PinArgs,
+    /// Remove kube-proxy's rules instead, and nothing of Sheave: its nftables tables, its iptables chains (legacy and nft) and
+    /// kube-ipvs0. Connections that netfilter translates by them carry on. Only where Sheave serves, and kube-proxy is stopped.
+    #[arg(
+        long,
+        env = "SHEAVE_KUBE_PROXY",
+        value_name = "BOOL",
+        default_value_t = false,
+        action = clap::ArgAction::Set,
+        num_args = 0..=1,
+        default_missing_value = "true"
+    )]
+    pub kube_proxy: bool,
 }
 
 /// Where the pins are.

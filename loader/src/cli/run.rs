@@ -7,9 +7,11 @@ use std::time::Duration;
 use clap::{ArgAction, Args};
 use sheave_common::config::Timeouts;
 
+use super::values::Drain;
 use super::{CliError, PinArgs, values};
 use crate::config::{
-    BindAddresses, Bypass, ConnectMode, InterfaceRules, MapSizes, NodePortAddresses, RunConfig, SourceConfig, XdpMode,
+    BindAddresses, Bypass, ConnectMode, DrainForeign, InterfaceRules, MapSizes, NodePortAddresses, RunConfig,
+    SourceConfig, XdpMode,
 };
 use crate::model::desired::Algorithm;
 
@@ -72,17 +74,31 @@ pub struct RunArgs {
     /// Rejects and resets that one CPU may send in a second.
     #[arg(long, env = "SHEAVE_REJECTS_PER_SECOND", value_name = "NUMBER", default_value_t = 1_000)]
     rejects_per_second: u32,
-    /// Pass TCP connections that another proxy translates, until they end, instead of resetting them.
+    /// Leave TCP connections to the proxy that translates them, instead of resetting what is in no table here: auto (while
+    /// kube-proxy's rules are there, or connections that netfilter translates to a Service), true, false, or for a time.
     #[arg(
         long,
         env = "SHEAVE_DRAIN_FOREIGN",
-        value_name = "BOOL",
-        default_value_t = false,
-        action = ArgAction::Set,
+        value_name = "auto|BOOL|TIME",
+        default_value = "auto",
         num_args = 0..=1,
-        default_missing_value = "true"
+        default_missing_value = "true",
+        value_parser = values::drain_foreign
     )]
-    drain_foreign: bool,
+    drain_foreign: DrainForeign,
+    /// Leave this node to another proxy, whose rules are there already: take no new connections, keep those that are open,
+    /// and when the last has ended, or after this time, remove everything, and wait to be stopped. Serves neither health
+    /// nor metrics, whose ports the other one needs.
+    #[arg(
+        long,
+        env = "SHEAVE_DRAIN",
+        value_name = "BOOL|TIME",
+        default_value = "false",
+        num_args = 0..=1,
+        default_missing_value = "true",
+        value_parser = values::drain
+    )]
+    drain: Drain,
     /// Pass traffic through Services to routed pods of this node straight into the pod, past the host's stack and netfilter, both
     /// ways. Refused where that would skip rules in forward chains, unless the value is "force".
     #[arg(
@@ -267,6 +283,7 @@ impl RunArgs {
             snat_ports: self.snat_ports,
             rejects_per_second: self.rejects_per_second,
             drain_foreign: self.drain_foreign,
+            drain: self.drain.0,
             bypass_netfilter: self.bypass_netfilter,
             healthz: self.serve.healthz_bind_address.clone(),
             metrics: self.serve.metrics_bind_address.clone(),

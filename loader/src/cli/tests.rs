@@ -2,11 +2,12 @@
 
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 
 use super::{Cli, CliError, Command, completions, manual};
-use crate::config::{Bypass, ConnectMode, NodePortAddresses, RunConfig, SourceConfig, XdpMode};
+use crate::config::{Bypass, ConnectMode, DrainForeign, NodePortAddresses, RunConfig, SourceConfig, XdpMode};
 
 fn run(flags: &[&str]) -> Result<RunConfig, CliError> {
     let cli = Cli::parse_from(["sheave", "run", "--node-name", "node-1"].iter().chain(flags));
@@ -78,6 +79,7 @@ fn flags_reach_the_configuration() {
         "--snat-ports=50000-50999",
         "--rejects-per-second=7",
         "--drain-foreign",
+        "--drain=10m",
         "--bypass-netfilter=force",
         "--max-conntrack=1024",
         "--healthz-bind-address=192.0.2.1:80,[2001:db8::1]:80",
@@ -95,7 +97,8 @@ fn flags_reach_the_configuration() {
     assert_eq!(config.interfaces.ignored, ["docker0"]);
     let networks: Vec<(IpAddr, u8)> = vec![("10.0.0.0".parse().unwrap(), 8), ("fd00::".parse().unwrap(), 8)];
     assert_eq!(config.nodeport_addresses, NodePortAddresses::Networks(networks));
-    assert!(!config.external_ips && config.drain_foreign);
+    assert!(!config.external_ips);
+    assert_eq!((config.drain_foreign, config.drain), (DrainForeign::On, Some(Duration::from_secs(600))));
     assert_eq!(config.bypass_netfilter, Bypass::Force);
     assert_eq!(config.hairpin4.to_string(), "169.254.1.1");
     assert_eq!(config.hairpin6.to_string(), "fd00::1");
@@ -128,6 +131,8 @@ fn bad_values_name_the_flag_and_the_remedy() {
         ("--healthz-bind-address=10256", "0.0.0.0:10256"),
         ("--health-timeout=never", "at least one second"),
         ("--pod-interfaces=a b", "cali*"),
+        ("--drain-foreign=soon", "auto, true, false"),
+        ("--drain=soon", "2h"),
         ("--hairpin-ipv4=no", "invalid IPv4"),
     ] {
         let error = refused(&[flag]);

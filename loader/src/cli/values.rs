@@ -1,9 +1,13 @@
 //! Parsers of flag values. Each error says what to write instead; clap puts the flag's name in front.
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
-use crate::config::{BindAddresses, Bypass, ConnectMode, NodePortAddresses, XdpMode};
+use crate::config::{BindAddresses, Bypass, ConnectMode, DrainForeign, NodePortAddresses, XdpMode};
 use crate::model::desired::Algorithm;
+
+/// How long `--drain` waits if nothing else is said.
+const DRAIN: Duration = Duration::from_secs(24 * 60 * 60);
 
 pub(super) fn connect(text: &str) -> Result<ConnectMode, String> {
     match text {
@@ -22,6 +26,35 @@ pub(super) fn bypass(text: &str) -> Result<Bypass, String> {
         "force" => Ok(Bypass::Force),
         _ => Err("write true, false, or force (also where that skips rules of others)".to_owned()),
     }
+}
+
+pub(super) fn drain_foreign(text: &str) -> Result<DrainForeign, String> {
+    match text {
+        "auto" => Ok(DrainForeign::Auto),
+        "true" => Ok(DrainForeign::On),
+        "false" => Ok(DrainForeign::Off),
+        time => {
+            time_of(time).map(DrainForeign::For).ok_or_else(|| "write auto, true, false, or a time like 2h".to_owned())
+        }
+    }
+}
+
+/// How long connections may take to end; `None` for not draining.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Drain(pub(super) Option<Duration>);
+
+pub(super) fn drain(text: &str) -> Result<Drain, String> {
+    match text {
+        "false" => Ok(Drain(None)),
+        "true" => Ok(Drain(Some(DRAIN))),
+        time => {
+            time_of(time).map(|time| Drain(Some(time))).ok_or_else(|| "write true, false, or a time like 2h".to_owned())
+        }
+    }
+}
+
+fn time_of(text: &str) -> Option<Duration> {
+    seconds(text).ok().map(|seconds| Duration::from_secs(seconds.into()))
 }
 
 pub(super) fn algorithm(text: &str) -> Result<Algorithm, String> {

@@ -5,6 +5,7 @@ use tokio::task::{JoinError, JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep_until};
 
 use super::ControllerError;
+use super::migration::Over;
 use crate::interfaces::Event;
 use crate::plan::Grace;
 use crate::source::SourceEvent;
@@ -21,6 +22,8 @@ pub(super) enum Input {
     Source(SourceEvent),
     /// From the interface watch.
     Interface(Event),
+    /// Something that was waited for is over.
+    Over(Over),
     /// It is time.
     Due,
     /// A grace period has passed.
@@ -31,6 +34,7 @@ pub(super) enum Input {
 pub(super) struct Inputs {
     pub(super) source: mpsc::Receiver<SourceEvent>,
     pub(super) interfaces: mpsc::Receiver<Event>,
+    pub(super) overs: mpsc::Receiver<Over>,
     /// Nothing goes on when one of them ends.
     pub(super) tasks: JoinSet<Result<(), ControllerError>>,
 }
@@ -45,6 +49,7 @@ impl Inputs {
         tokio::select! {
             Some(event) = self.source.recv() => Ok(Input::Source(event)),
             Some(event) = self.interfaces.recv() => Ok(Input::Interface(event)),
+            Some(over) = self.overs.recv() => Ok(Input::Over(over)),
             () = until(due) => Ok(Input::Due),
             grace = grace_over(grace) => Ok(Input::GraceOver(grace?)),
             ended = self.tasks.join_next() => match ended {

@@ -1,12 +1,14 @@
 //! Connect-time programs on the cgroup v2 hierarchy: one pinned link each, whose program a restart swaps in place.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::error::DataplaneError;
 use super::links;
+use super::pins;
 use super::programs::Programs;
 use super::syscall::{self, AttachType};
 
@@ -48,6 +50,16 @@ pub(super) fn attach(programs: &Programs, pins: &Path, cgroup: &Path) -> Result<
 /// Detaches them.
 pub(super) fn detach(pins: &Path) -> Result<(), DataplaneError> {
     HOOKS.iter().try_for_each(|(pin, ..)| links::remove(&pins.join(pin)))
+}
+
+/// Makes sure that a directory is one of a cgroup v2 hierarchy.
+pub(super) fn check(directory: &Path) -> Result<(), DataplaneError> {
+    const CGROUP2_MAGIC: u32 = 0x6367_7270;
+    if pins::file_system(directory)? == CGROUP2_MAGIC {
+        return Ok(());
+    }
+    let source = io::Error::other("it is not on a cgroup v2 file system");
+    Err(DataplaneError::Cgroup { path: directory.to_owned(), source })
 }
 
 /// The root of the cgroup v2 hierarchy.

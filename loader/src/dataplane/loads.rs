@@ -149,6 +149,12 @@ impl Connections {
     }
 }
 
+/// Whether a flow's connection is neither over nor idle for too long.
+pub(super) fn is_open<A: Address>(key: &FlowKey<A>, flow: &Flow<A>, timeouts: &Timeouts, now: u32) -> bool {
+    let idle = now.saturating_sub(flow.last_seen);
+    !closing::is_over(flow.closing) && idle <= timeouts.of(key.protocol, flow.state, flow.closing)
+}
+
 /// Counts a family's flows that are open: the half that translates the client's packets, of which each has one.
 fn flows<A: Address>(maps: &FamilyMaps<A>, timeouts: &Timeouts, counts: &mut Counts) -> Result<(), MapError>
 where
@@ -159,10 +165,8 @@ where
         let elements = map.dump()?;
         let now = monotonic_seconds();
         for (key, flow) in elements {
-            let open =
-                flow.flags & (flags::COUNTED | flags::REPLY) == flags::COUNTED && !closing::is_over(flow.closing);
-            let idle = now.saturating_sub(flow.last_seen);
-            if open && idle <= timeouts.of(key.protocol, flow.state, flow.closing) {
+            let counted = flow.flags & (flags::COUNTED | flags::REPLY) == flags::COUNTED;
+            if counted && is_open(&key, &flow, timeouts, now) {
                 add(counts, flow.backend_id);
             }
         }

@@ -10,6 +10,7 @@ mod cleanup;
 mod definitions;
 mod elements;
 mod error;
+mod handover;
 mod links;
 mod listener;
 mod loads;
@@ -17,6 +18,7 @@ mod map;
 mod maps;
 mod networks;
 mod pins;
+mod preflight;
 mod programs;
 mod resize;
 mod settings;
@@ -42,7 +44,9 @@ pub use attached::attached;
 pub use census::{Census, Fullness};
 pub use cleanup::cleanup;
 pub use error::{DataplaneError, MapError};
+pub use handover::{Handover, Open};
 pub use listener::{ListenError, Listener};
+pub use preflight::{check_cgroup, check_pin_path, foreign_program, foreign_programs, is_own_program, is_supported};
 pub use programs::{Features, object};
 pub use syscall::{grace_period, monotonic_seconds};
 pub use trial::{Outcome as TrialOutcome, Trial, TrialError, TrialFlow};
@@ -304,6 +308,16 @@ impl Dataplane {
         node6: Option<Ipv6Addr>,
     ) -> Result<(), DataplaneError> {
         let config = settings::with_node(*self.writer.config(), node4, node6);
+        Ok(self.writer.set_config(config)?)
+    }
+
+    /// Tells the programs that no other proxy translates connections to frontends any more: what belongs to no flow is reset.
+    ///
+    /// # Errors
+    ///
+    /// If the write fails.
+    pub fn end_foreign(&mut self) -> Result<(), DataplaneError> {
+        let config = settings::without_foreign(*self.writer.config());
         Ok(self.writer.set_config(config)?)
     }
 

@@ -169,8 +169,17 @@ pub(super) fn links_of(directory: &Path) -> PathBuf {
 }
 
 /// The directory, or the nearest one above it that exists, must be on a BPF file system.
-fn check_file_system(directory: &Path) -> Result<(), DataplaneError> {
+pub(super) fn check_file_system(directory: &Path) -> Result<(), DataplaneError> {
     let existing = directory.ancestors().find(|path| path.exists()).unwrap_or(directory);
+    if file_system(existing)? == BPF_FS_MAGIC {
+        Ok(())
+    } else {
+        Err(DataplaneError::NotBpfFileSystem { path: directory.to_owned() })
+    }
+}
+
+/// The kernel's number for the kind of file system that something is on.
+pub(super) fn file_system(existing: &Path) -> Result<u32, DataplaneError> {
     let path = CString::new(existing.as_os_str().as_bytes())
         .map_err(|error| DataplaneError::file("inspect", existing)(error.into()))?;
     let mut statistics = MaybeUninit::<libc::statfs>::zeroed();
@@ -179,12 +188,7 @@ fn check_file_system(directory: &Path) -> Result<(), DataplaneError> {
         return Err(DataplaneError::file("inspect", existing)(io::Error::last_os_error()));
     }
     // SAFETY: statfs(2) succeeded, and all-zeroes was a valid value before.
-    let magic = unsafe { statistics.assume_init() }.f_type;
-    if magic as u32 == BPF_FS_MAGIC {
-        Ok(())
-    } else {
-        Err(DataplaneError::NotBpfFileSystem { path: directory.to_owned() })
-    }
+    Ok(unsafe { statistics.assume_init() }.f_type as u32)
 }
 
 #[cfg(test)]

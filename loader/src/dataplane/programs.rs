@@ -77,7 +77,7 @@ impl Features {
     }
 }
 
-fn at_least(major: u8, minor: u8) -> bool {
+pub(super) fn at_least(major: u8, minor: u8) -> bool {
     KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(major, minor, 0))
 }
 

@@ -8,7 +8,7 @@ use sheave_common::{Address, Ipv4Address, Ipv6Address, LAYOUT_VERSION};
 
 use super::error::DataplaneError;
 use super::syscall;
-use crate::config::{Bypass, ConnectMode, RunConfig};
+use crate::config::{Bypass, ConnectMode, DrainForeign, RunConfig};
 
 /// This element with the settings that were asked for; ids, version, node addresses and what is known of ServiceCIDRs stay.
 pub(super) fn element(old: Option<Config>, run: &RunConfig) -> Result<Config, DataplaneError> {
@@ -28,7 +28,8 @@ pub(super) fn element(old: Option<Config>, run: &RunConfig) -> Result<Config, Da
         next_service_id: old.map_or(0, |old| old.next_service_id),
         flags: connect
             | flag(cookie.is_none() && connect != 0, flags::CONNECT_INIT_NETNS)
-            | flag(run.drain_foreign, flags::DRAIN_FOREIGN)
+            | flag(run.drain_foreign != DrainForeign::Off, flags::DRAIN_FOREIGN)
+            | flag(run.drain.is_some(), flags::LEAVING)
             | flag(run.bypass_netfilter != Bypass::Off, flags::BYPASSED)
             | old.map_or(0, |old| old.flags & (flags::SERVICE_CIDRS4 | flags::SERVICE_CIDRS6 | flags::BYPASSED)),
         timeouts: run.timeouts,
@@ -47,6 +48,11 @@ pub(super) fn constants(old: Option<Config>, run: &RunConfig) -> u32 {
     let bypass = run.bypass_netfilter != Bypass::Off;
     let bypassed = bypass || old.is_some_and(|old| old.flags & flags::BYPASSED != 0);
     (if bypass { features::BYPASS } else { 0 }) | if bypassed { features::BYPASSED } else { 0 }
+}
+
+/// The element when connections of another proxy have drained.
+pub(super) fn without_foreign(config: Config) -> Config {
+    Config { flags: config.flags & !flags::DRAIN_FOREIGN, ..config }
 }
 
 /// The element with these node addresses.

@@ -4,6 +4,7 @@
 //! [`discover`] decides what an interface is, [`state`] keeps what netlink told, [`watch`] listens. Who consumes the
 //! events attaches programs and sweeps flows; this module touches nothing.
 
+mod details;
 pub mod discover;
 mod message;
 pub mod state;
@@ -12,7 +13,8 @@ pub mod watch;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-pub use watch::{InterfaceError, run};
+pub use details::{Details, details};
+pub use watch::{InterfaceError, list, remove, run};
 
 /// What an interface is to Sheave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -38,6 +38,14 @@ pub enum InterfaceError {
         /// netlink's answer.
         error: rtnetlink::Error,
     },
+    /// A device can't be removed.
+    #[error("cannot remove interface {name} by netlink: {error}")]
+    Remove {
+        /// Its name.
+        name: String,
+        /// netlink's answer.
+        error: rtnetlink::Error,
+    },
     /// The socket was closed.
     #[error("the netlink socket was closed")]
     Closed,
@@ -104,6 +112,27 @@ pub async fn run(
         alive = reporter.report(&mut state, &node_addresses).await;
     }
     Ok(())
+}
+
+/// Every link, address and default route of the calling thread's network namespace.
+///
+/// # Errors
+///
+/// If the socket can't be opened, or the listing fails.
+pub async fn list() -> Result<Listing, InterfaceError> {
+    Socket::open()?.list().await
+}
+
+/// Removes a network device, and says whether it was there.
+///
+/// # Errors
+///
+/// If the kernel refuses.
+pub async fn remove(name: &str) -> Result<bool, InterfaceError> {
+    let mut socket = Socket::open()?;
+    let Some(link) = socket.list().await?.links.into_iter().find(|link| link.name == name) else { return Ok(false) };
+    let removed = socket.handle.link().del(link.index).execute().await;
+    removed.map(|()| true).map_err(|error| InterfaceError::Remove { name: link.name, error })
 }
 
 /// A receiver whose value never changes and whose sender is never dropped.

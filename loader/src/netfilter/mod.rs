@@ -1,9 +1,15 @@
-//! Rules of others in netfilter's forward chains, which traffic that bypasses netfilter would not meet.
+//! Other people's rules in netfilter: forward chains, which traffic that bypasses netfilter would not meet, and what
+//! kube-proxy left ([`kube_proxy`]); and the connections that netfilter translates ([`connections`]).
 //!
 //! Read from the kernel, of this network namespace, without any tool: nf_tables by netlink, which includes what iptables-nft
-//! made; the older iptables tables by socket options. kube-proxy's own chains do what Sheave does, so they don't count.
+//! made; the older iptables tables by socket options. kube-proxy's own chains do what Sheave does, so they are none of the rules
+//! that would be bypassed.
 
+pub mod connections;
+mod expression;
+pub mod kube_proxy;
 mod legacy;
+mod netlink;
 mod tables;
 
 use std::fmt;
@@ -71,7 +77,27 @@ fn list(chains: &[ForwardChain]) -> String {
 ///
 /// If one would be, or if that can't be found out.
 pub fn may_be_bypassed() -> Result<(), BypassError> {
-    let mut chains = tables::forward_chains().map_err(BypassError::Unreadable)?;
-    chains.extend(legacy::forward_chains().map_err(BypassError::Unreadable)?);
+    let chains = forward_chains().map_err(BypassError::Unreadable)?;
     if chains.is_empty() { Ok(()) } else { Err(BypassError::Rules { chains }) }
+}
+
+/// Forward chains that hold rules of others, or drop by their policy.
+///
+/// # Errors
+///
+/// If the rules can't be read.
+pub fn forward_chains() -> io::Result<Vec<ForwardChain>> {
+    let mut chains = tables::Ruleset::read()?.forward_chains();
+    chains.extend(legacy::forward_chains()?);
+    Ok(chains)
+}
+
+/// Chains of nf_tables with a rule that gives this node's address to what goes from others to pods of this node, in words. The
+/// older tables are not looked at.
+///
+/// # Errors
+///
+/// If the rules can't be read.
+pub fn masquerades() -> io::Result<Vec<String>> {
+    Ok(tables::Ruleset::read()?.masquerades())
 }

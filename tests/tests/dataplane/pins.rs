@@ -73,7 +73,7 @@ fn the_settings_and_the_nodes_addresses_are_in_the_config_map() {
         let mut bench = Bench::new();
         bench.config.timeouts.udp_new = 7;
         bench.config.snat_ports = (40_000, 40_100);
-        bench.config.drain_foreign = true;
+        bench.config.drain_foreign = sheave::config::DrainForeign::On;
         let mut dataplane = bench.open();
         dataplane.set_node_addresses(Some([192, 0, 2, 9].into()), None).expect("written");
         let config = bench.view().config().expect("readable").expect("written");

@@ -1,14 +1,14 @@
 //! A cluster of its own for each way to a backend, all of them there at the same time, so that they can be asked in turn.
 
-use std::io::Write as _;
 use std::net::SocketAddr;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use sheave_tests::agent::Agent;
+use sheave_tests::family::Family;
+use sheave_tests::kube_proxy::{self, feed};
 use sheave_tests::manifests::Manifests;
-use sheave_tests::netns::Namespace;
 use sheave_tests::process::Process;
 use sheave_tests::topology::{CLIENT, Cluster, NodeNetwork, Pod, PodNetwork, Shape};
 
@@ -131,10 +131,12 @@ impl Variant {
                 feed(&node.namespace, "nft", &["-f", "-"], rules)?;
             }
             Way::Iptables | Way::NodePortIptables => {
-                feed(&node.namespace, "iptables-restore", &[], &services::iptables(services, backend.address))?;
+                let ruleset = services::ruleset(services, backend.address);
+                feed(&node.namespace, "iptables-restore", &[], &kube_proxy::iptables(Family::V4, &ruleset))?;
             }
             Way::Nftables | Way::NodePortNftables => {
-                let rules = services::nftables(services, backend.address, node.address);
+                let ruleset = services::ruleset(services, backend.address);
+                let rules = kube_proxy::nftables(Family::V4, &ruleset, node.address.into());
                 feed(&node.namespace, "nft", &["-f", "-"], &rules)?;
             }
             Way::RemoteDirect => {
@@ -238,16 +240,4 @@ impl Variant {
 /// The pod that answers.
 fn backend(cluster: &Cluster, way: Way) -> &Pod {
     if way.is_remote() { &cluster.nodes[1].pods[0] } else { &cluster.nodes[0].pods[1] }
-}
-
-/// Runs a program in a namespace with this on its standard input.
-fn feed(namespace: &Namespace, program: &str, arguments: &[&str], text: &str) -> Result<()> {
-    let mut command = namespace.command(program);
-    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
-    let mut child = command.spawn().with_context(|| format!("cannot run {program}"))?;
-    let written = child.stdin.take().map(|mut input| input.write_all(text.as_bytes()));
-    let output = child.wait_with_output()?;
-    let said: String = String::from_utf8_lossy(&output.stderr).chars().take(1_000).collect();
-    ensure!(output.status.success() && written.is_some_and(|written| written.is_ok()), "{program}: {said}");
-    Ok(())
 }
