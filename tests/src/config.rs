@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use sheave::config::{MapSizes, RunConfig, SourceConfig};
+use sheave::config::{DrainForeign, MapSizes, RunConfig, SourceConfig};
 
 use crate::leftovers::unique_name;
 
@@ -13,6 +13,8 @@ pub fn small(cgroup: &Path) -> RunConfig {
     let mut config = RunConfig::new(SourceConfig::Manifests(PathBuf::from("/nonexistent")), "node".to_owned());
     config.pin_path = Path::new("/sys/fs/bpf").join(unique_name());
     config.cgroup = Some(cgroup.to_owned());
+    // As the controller would find out.
+    config.drain_foreign = DrainForeign::Off;
     config.sizes = MapSizes {
         services: Some(64),
         frontends: Some(64),

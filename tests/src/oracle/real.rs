@@ -10,7 +10,7 @@ use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use sheave::config::{ConnectMode, MapSizes, NodePortAddresses, RunConfig, SourceConfig, XdpMode};
+use sheave::config::{ConnectMode, DrainForeign, MapSizes, NodePortAddresses, RunConfig, SourceConfig, XdpMode};
 use sheave::dataplane::{self, Applied, Dataplane};
 use sheave::interfaces::{Interface, Role};
 use sheave::model::desired::{ServiceKey, ServicePort, ServicePortName};
@@ -258,6 +258,8 @@ fn config(options: &Options) -> RunConfig {
     config.pin_path = Path::new("/sys/fs/bpf").join(unique_name());
     config.connect = ConnectMode::Off;
     config.xdp = XdpMode::Native;
+    // As the controller would find out.
+    config.drain_foreign = DrainForeign::Off;
     config.external_ips = options.external_ips;
     config.nodeport_addresses = match options.node_ports {
         NodePorts::Primary => NodePortAddresses::Primary,
