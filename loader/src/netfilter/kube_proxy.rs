@@ -1,7 +1,7 @@
 //! kube-proxy's rules: whether they are there, and removing them.
 //!
 //! Its nftables mode has tables of its own; its iptables mode has chains `KUBE-…` in other people's tables, and rules that lead
-//! to them. kubelet's chains have such names, too, and stay.
+//! to them. Chains of others have such names, too, and stay: kubelet's, kube-router's NetworkPolicies, container runtimes' hostPorts.
 //!
 //! Netfilter translates a connection for as long as it lasts, whatever becomes of the rules, but only while its family has a
 //! nat chain in the network namespace, and some rule that looks at connections: without one they are not tracked, and the kernel
@@ -22,9 +22,25 @@ pub const KEEPER: &str = "sheave-drain";
 const NFTABLES_MODE: &str = "kube-proxy";
 const IPTABLES: &[&str] = &["nat", "filter", "mangle"];
 /// Chains of which each table has one that kube-proxy's iptables mode uses.
-const LEGACY: &[&str] = &["KUBE-SERVICES", "KUBE-PROXY-CANARY"];
-/// Chains that are kubelet's.
-const KUBELETS: &[&str] = &["KUBE-KUBELET-CANARY", "KUBE-FIREWALL", "KUBE-MARK-DROP", "KUBE-IPTABLES-HINT"];
+const MARKS: &[&str] = &["KUBE-SERVICES", "KUBE-PROXY-CANARY"];
+/// Chains of its iptables and IPVS modes.
+const CHAINS: &[&str] = &[
+    "KUBE-EXTERNAL-SERVICES",
+    "KUBE-FORWARD",
+    "KUBE-IPVS-FILTER",
+    "KUBE-IPVS-OUT-FILTER",
+    "KUBE-LOAD-BALANCER",
+    "KUBE-MARK-MASQ",
+    "KUBE-NODE-PORT",
+    "KUBE-NODEPORTS",
+    "KUBE-POSTROUTING",
+    "KUBE-PROXY-CANARY",
+    "KUBE-PROXY-FIREWALL",
+    "KUBE-SERVICES",
+    "KUBE-SOURCE-RANGES-FIREWALL",
+];
+/// How the names of chains begin that it makes for Services and endpoints.
+const CHAINS_OF_SERVICES: &[&str] = &["KUBE-EXT-", "KUBE-FW-", "KUBE-SEP-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-XLB-"];
 const FAMILIES: [u8; 2] = [libc::AF_INET as u8, libc::AF_INET6 as u8];
 
 /// Why kube-proxy's rules could not be removed.
@@ -75,7 +91,7 @@ pub struct Removed {
 ///
 /// If the rules can't be read.
 pub fn traces() -> io::Result<Vec<String>> {
-    Ok(described(&Ruleset::read()?).chain(legacy::with_chains(LEGACY)?.into_iter().map(legacy_name)).collect())
+    Ok(described(&Ruleset::read()?).chain(legacy::with_chains(MARKS)?.into_iter().map(legacy_name)).collect())
 }
 
 fn described(rules: &Ruleset) -> impl Iterator<Item = String> {
@@ -84,7 +100,7 @@ fn described(rules: &Ruleset) -> impl Iterator<Item = String> {
     let tables: BTreeSet<(u8, &str)> = rules
         .chains
         .iter()
-        .filter(|chain| is_own(&chain.place))
+        .filter(|chain| is_own(&chain.place) && MARKS.contains(&chain.place.chain.as_str()))
         .map(|chain| (chain.place.family, chain.place.table.as_str()))
         .collect();
     let shared = tables.into_iter().map(|(family, table)| {
@@ -102,8 +118,9 @@ fn is_own(place: &Place) -> bool {
     FAMILIES.contains(&place.family) && IPTABLES.contains(&place.table.as_str()) && is_own_name(&place.chain)
 }
 
-fn is_own_name(chain: &str) -> bool {
-    chain.starts_with("KUBE-") && !KUBELETS.contains(&chain)
+/// Whether kube-proxy gives a chain this name.
+pub(super) fn is_own_name(chain: &str) -> bool {
+    CHAINS.contains(&chain) || CHAINS_OF_SERVICES.iter().any(|begin| chain.starts_with(begin))
 }
 
 /// Removes kube-proxy's rules. Doing it again, or where none are, is no error; it also takes the chains of [`KEEPER`] away when
@@ -115,7 +132,7 @@ fn is_own_name(chain: &str) -> bool {
 pub fn remove() -> Result<Removed, RemoveError> {
     let netfilter = |action| move |source| RemoveError::Netfilter { action, source };
     let rules = Ruleset::read().map_err(netfilter("read netfilter's rules"))?;
-    let legacy = legacy::with_chains(LEGACY).map_err(netfilter("read iptables' older tables"))?;
+    let legacy = legacy::with_chains(MARKS).map_err(netfilter("read iptables' older tables"))?;
     let mut removed = Removed { gone: described(&rules).collect(), ..Removed::default() };
     let asked = connections::translated().map_err(netfilter("list netfilter's connections"))?;
     removed.translated = asked.len();
@@ -235,6 +252,7 @@ mod tests {
     fn only_what_is_kube_proxys_goes_from_an_older_table() {
         let saved = "*nat\n:PREROUTING ACCEPT [0:0]\n:KUBE-KUBELET-CANARY - [0:0]\n:KUBE-SERVICES - [0:0]\n:KUBE-SVC-A - [0:0]\n\
                      -A PREROUTING -m comment --comment \"kubernetes -j portals\" -j KUBE-SERVICES\n\
+                     :KUBE-HOSTPORTS - [0:0]\n:KUBE-POD-FW-A - [0:0]\n-A PREROUTING -j KUBE-HOSTPORTS\n\
                      -A PREROUTING -j CNI\n-A KUBE-SERVICES -d 10.96.0.1/32 -j KUBE-SVC-A\nCOMMIT\n";
         let changes = "*nat\n-D PREROUTING -m comment --comment \"kubernetes -j portals\" -j KUBE-SERVICES\n\
                        -F KUBE-SERVICES\n-F KUBE-SVC-A\n-X KUBE-SERVICES\n-X KUBE-SVC-A\nCOMMIT\n";

@@ -105,7 +105,7 @@ impl Ruleset {
             self.chains.iter().filter(|chain| chain.hook == Some(FORWARD) && chain.place.table != "kube-proxy");
         let chains = chains.filter_map(|chain| {
             let rules = self.rules.iter().filter(|rule| rule.place == chain.place);
-            let rules = rules.filter(|rule| !rule.facts.jumps_to(|chain| chain.starts_with("KUBE-"))).count();
+            let rules = rules.filter(|rule| !rule.facts.jumps_to(super::kube_proxy::is_own_name)).count();
             let family = chain.place.family_name()?;
             let Place { table, chain: name, .. } = chain.place.clone();
             let chain = ForwardChain { family, table, chain: name, rules: Some(rules), drops: chain.drops };
