@@ -6,6 +6,7 @@ use std::path::Path;
 
 use aya::Pod;
 use serde::Serialize;
+use sheave_common::backend::IDS_PER_ELEMENT;
 use sheave_common::config::{Config, Timeouts};
 use sheave_common::flow::{Flow, FlowKey, flags, phase};
 use sheave_common::frontend::Frontend;
@@ -74,7 +75,7 @@ impl Census {
         let sets = |frontend: &Frontend| [frontend.cluster, frontend.local];
         runs.extend(v4.frontends.dump_as(|_, frontend| sets(frontend))?.into_iter().flatten());
         runs.extend(v6.frontends.dump_as(|_, frontend| sets(frontend))?.into_iter().flatten());
-        let table = runs.iter().map(|run| run.length as usize).sum();
+        let table = runs.iter().map(|run| run.length.next_multiple_of(IDS_PER_ELEMENT) as usize).sum();
         self.services = vec![
             fullness(names::FRONTENDS4, &v4.frontends)?,
             fullness(names::FRONTENDS6, &v6.frontends)?,

@@ -6,7 +6,7 @@ use aya::Pod;
 use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::backend::Backend;
 use sheave_common::counter::ServiceCounter;
-use sheave_common::flow::{Flow, FlowKey};
+use sheave_common::flow::{Flow, FlowKey, closing};
 use sheave_common::frontend::{Frontend, FrontendKey};
 use sheave_common::load::Load;
 use sheave_common::prefix::{Prefix, SourceRange};
@@ -61,8 +61,8 @@ pub(super) fn copy(name: &'static str, from: &Path, to: &Path) -> Result<(), Map
         names::SERVICE_NAMES => same::<u32, ServiceName>(name, from, to),
         names::SOURCE_RANGES4 => same::<Prefix<SourceRange<V4>>, u32>(name, from, to),
         names::SOURCE_RANGES6 => same::<Prefix<SourceRange<V6>>, u32>(name, from, to),
-        names::CONNTRACK4 | names::HALF_OPEN4 => same::<FlowKey<V4>, Flow<V4>>(name, from, to),
-        names::CONNTRACK6 | names::HALF_OPEN6 => same::<FlowKey<V6>, Flow<V6>>(name, from, to),
+        names::CONNTRACK4 | names::HALF_OPEN4 => same_where::<FlowKey<V4>, Flow<V4>>(name, from, to, is_open),
+        names::CONNTRACK6 | names::HALF_OPEN6 => same_where::<FlowKey<V6>, Flow<V6>>(name, from, to, is_open),
         names::AFFINITY4 => same::<AffinityKey<V4>, Affinity>(name, from, to),
         names::AFFINITY6 => same::<AffinityKey<V6>, Affinity>(name, from, to),
         names::SOCK_FORWARD4 | names::SOCK_REVERSE4 => same::<SocketKey<V4>, SocketPeer<V4>>(name, from, to),
@@ -91,13 +91,31 @@ fn elements<K: Pod, V: Pod>(name: &'static str, folder: &Path) -> Result<usize, 
 }
 
 fn same<K: Pod, V: Pod>(name: &'static str, from: &Path, to: &Path) -> Result<(), MapError> {
+    same_where::<K, V>(name, from, to, |_| true)
+}
+
+/// [`same`] with the values alone that are wanted.
+fn same_where<K: Pod, V: Pod>(
+    name: &'static str,
+    from: &Path,
+    to: &Path,
+    wanted: fn(&V) -> bool,
+) -> Result<(), MapError> {
     let (old, new): (Map<K, V>, Map<K, V>) = (Map::open(from, name, true)?, Map::open(to, name, false)?);
     for (key, _) in new.dump()? {
-        if old.get(&key)?.is_none() {
+        if !old.get(&key)?.is_some_and(|value| wanted(&value)) {
             new.delete(&key)?;
         }
     }
-    new.put_all(&old.dump()?)
+    let mut elements = old.dump()?;
+    elements.retain(|(_, value)| wanted(value));
+    new.put_all(&elements)
+}
+
+/// Whether a flow's connection goes on. One that is over would hide a newer one of the same client port, which only the other map
+/// knows.
+fn is_open<A: Address>(flow: &Flow<A>) -> bool {
+    !closing::is_over(flow.closing)
 }
 
 fn same_array<V: Pod>(old: &Map<u32, V>, name: &'static str, to: &Path) -> Result<(), MapError> {
@@ -117,7 +135,8 @@ fn later<K: Pod, V: Written>(name: &'static str, from: &Path, to: &Path) -> Resu
     let (old, new): (Map<K, V>, Map<K, V>) = (Map::open(from, name, true)?, Map::open(to, name, false)?);
     for (key, value) in old.dump()? {
         match new.get(&key)? {
-            None => new.insert(&key, &value)?,
+            None if value.is_wanted() => new.insert(&key, &value)?,
+            None => {}
             Some(other) => {
                 if let Some(value) = V::later(&value, &other) {
                     new.put(&key, &value)?;
@@ -130,6 +149,11 @@ fn later<K: Pod, V: Written>(name: &'static str, from: &Path, to: &Path) -> Resu
 
 /// A value that programs write.
 trait Written: Pod {
+    /// Whether the new map needs it, if it has nothing in its place.
+    fn is_wanted(&self) -> bool {
+        true
+    }
+
     /// What the new map has to hold instead of what it holds, given what the old one does; `None` if nothing.
     fn later(old: &Self, new: &Self) -> Option<Self>;
 }
@@ -138,6 +162,10 @@ impl<A: Address> Written for Flow<A>
 where
     Self: Pod,
 {
+    fn is_wanted(&self) -> bool {
+        is_open(self)
+    }
+
     /// Of one connection, as programs unite what its two halves know; of two, the one that was seen last.
     fn later(old: &Self, new: &Self) -> Option<Self> {
         if old.rewrite != new.rewrite {
@@ -171,7 +199,7 @@ where
 
 #[cfg(test)]
 mod tests {
-    use sheave_common::flow::{Tuple, closing, state};
+    use sheave_common::flow::{Tuple, state};
 
     use super::*;
 

@@ -8,8 +8,9 @@
 //! pinned meanwhile, so nothing of this depends on the process that does it. (The kernel holds no program twice on one hook:
 //! to get it before the old one it is taken from behind, and for these microseconds that hook finds old flows only.)
 //!
-//! XDP holds one program, and what it does not know goes up to tc. Connect-time programs are swapped alone, too: what they
-//! write concerns one hook.
+//! What a program does not know, and passes, is mid-flow TCP; the first datagrams of a UDP flow that came in these milliseconds
+//! may be balanced anew. XDP holds one program, and what it does not know goes up to tc. Connect-time programs are swapped alone, too:
+//! until the new maps have caught up, a socket that was pointed at its backend in these milliseconds shows the backend as its peer.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -69,12 +70,6 @@ impl<'a> Handover<'a> {
         // An interface's XDP after its tc, which then finds what XDP leaves to it.
         links.sort_by_key(|held| held.hook.is_none());
         Ok(Self { new, links, folder })
-    }
-
-    /// Whether new programs make flows at some hook, perhaps those of another build.
-    pub(super) fn has_begun(&self) -> bool {
-        let mut pins = fs::read_dir(&self.folder).into_iter().flatten().filter_map(Result::ok);
-        self.links.iter().any(|held| held.done) || pins.any(|pin| pin.file_name().to_string_lossy().ends_with(BEFORE))
     }
 
     /// Has every hook find what the new maps hold, too.

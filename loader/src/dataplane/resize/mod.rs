@@ -1,5 +1,5 @@
-//! Maps of another size in the place of pinned ones, when a `--max-…` flag asks for it: no flow, affinity or service is lost,
-//! and no packet.
+//! Maps of another size in the place of pinned ones, when a `--max-…` flag asks for it: no connection, no service and no packet is
+//! lost.
 //!
 //! The kernel can't change a map's size, nor which maps a loaded program uses. So there are new maps, pinned in
 //! `resizing/maps`, and new programs on them; links are handed over from the old programs to the new ones ([`handover`]); and
@@ -37,6 +37,8 @@ use handover::Handover;
 const OLD_PROGRAMS: &str = "programs";
 /// Links that hooks have besides their own meanwhile.
 const LINKS: &str = "links";
+/// A folder that is there once new programs may make flows: from then on the new maps hold what the old ones don't.
+const BEGUN: &str = "begun";
 
 /// Marks the definitions whose pinned map is to be replaced by one of another size: those of a change that was begun and not
 /// finished, with its sizes, or else those for which a flag asks. Returns whether there are any. `tcx`: hooks can hold several
@@ -98,7 +100,8 @@ pub(super) fn carry_out(pins: &Pins, definitions: &[Definition], constants: u32)
     let each = |bring: fn(&'static str, &Path, &Path) -> Result<(), MapError>| {
         resized.iter().try_for_each(|definition| bring(definition.name, pins.directory(), &new_maps))
     };
-    let begun = handover.has_begun();
+    let mark = folder.join(BEGUN);
+    let begun = mark.is_dir();
     if !begun {
         each(contents::copy)?;
     }
@@ -107,6 +110,8 @@ pub(super) fn carry_out(pins: &Pins, definitions: &[Definition], constants: u32)
     if !begun {
         // What has changed since is little, and so is what is left for afterwards.
         each(contents::copy)?;
+        each(contents::catch_up)?;
+        fs::create_dir(&mark).map_err(DataplaneError::file("create", &mark))?;
     }
     handover.swap()?;
     syscall::grace_period();
