@@ -305,7 +305,7 @@ fn remedy(error: &watcher::Error) -> &'static str {
     match cause {
         kube::Error::Api(status) if status.code == 401 => "check the token or certificate in the kubeconfig",
         kube::Error::Api(status) if status.code == 403 => {
-            "give this account list and watch on services, nodes and endpointslices.discovery.k8s.io (deploy/rbac)"
+            "give this account list and watch on services, nodes and endpointslices.discovery.k8s.io (deploy/kustomize/rbac.yaml)"
         }
         kube::Error::Api(_) => "look at the API server's own log",
         _ => {

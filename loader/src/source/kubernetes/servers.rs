@@ -109,9 +109,10 @@ impl Servers {
     }
 
     /// The cluster names these API servers, instead of those that it named before. They are of no use where the configured
-    /// address has a path: there something stands before them that has credentials of its own.
+    /// address has a path: there something stands before them that has credentials of its own. Where certificates are not
+    /// checked, whoever may write that EndpointSlice would be given ours.
     fn named(&self, addresses: &BTreeSet<SocketAddr>) {
-        if self.config.cluster_url.path() != "/" {
+        if self.config.cluster_url.path() != "/" || self.config.accept_invalid_certs {
             return;
         }
         let mut pool = self.pool();
@@ -179,8 +180,10 @@ impl Servers {
             Ok(answer) => answer.map_err(|error| named(&server.name, error)),
             Err(_) => Err(unreachable(&server.name, format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()))),
         };
-        // Credentials that one server takes need not be good for another.
-        let refused = |status: StatusCode| status.is_server_error() || status == StatusCode::UNAUTHORIZED;
+        // Credentials that one server takes need not be good for another, which may not even speak plain HTTP.
+        let refused = |status: StatusCode| {
+            status.is_server_error() || matches!(status, StatusCode::UNAUTHORIZED | StatusCode::BAD_REQUEST)
+        };
         if answer.as_ref().map_or(true, |response| refused(response.status())) {
             self.turn_from(&server);
         }
@@ -228,7 +231,9 @@ fn parse_address(address: &str) -> Result<Uri, SourceError> {
     let error = || SourceError::ApiServerAddress { address: address.to_owned() };
     let text = if address.contains("://") { address.to_owned() } else { format!("https://{address}") };
     let uri: Uri = text.parse().map_err(|_| error())?;
-    if matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some() { Ok(uri) } else { Err(error()) }
+    // Names and passwords have no place in an address: they would be in every log.
+    let is_plain = uri.authority().is_some_and(|authority| !authority.as_str().contains('@'));
+    if matches!(uri.scheme_str(), Some("http" | "https")) && is_plain { Ok(uri) } else { Err(error()) }
 }
 
 fn server(config: &Config, uri: Uri) -> Result<Server, SourceError> {
