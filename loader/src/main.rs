@@ -48,7 +48,11 @@ fn command(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Affinity(args) => views::affinity(args)?,
         Command::Monitor(args) => cli::monitor::monitor(args)?,
         Command::Trace(args) => return Ok(cli::trace::trace(args)?),
-        Command::Report(args) => views::print(&format!("{}\n", cli::report::report(args)?.display()))?,
+        Command::Report(args) => {
+            if let Some(path) = cli::report::report(args)? {
+                views::print(&format!("{}\n", path.display()))?;
+            }
+        }
         Command::Check(args) => check(args)?,
         Command::Cleanup(args) if args.kube_proxy => clean_up_kube_proxy(&args.pins.pin_path)?,
         Command::Cleanup(args) => dataplane::cleanup(&args.pins.pin_path)?,

@@ -111,7 +111,8 @@ pub enum Command {
                             sheave trace --from 198.51.100.7 --to 192.0.2.1:30500 --interface eth0")]
     Trace(trace::TraceArgs),
     /// Write an archive for a bug report. It holds no credentials.
-    #[command(after_help = "Examples:\n  sheave report --file /tmp/sheave.tar.gz")]
+    #[command(after_help = "Examples:\n  sheave report --file /tmp/sheave.tar.gz\n  \
+                            kubectl -n kube-system exec sheave-x7k2p -- sheave report --file - > report.tar.gz")]
     Report(report::ReportArgs),
     /// Print a shell's completions for this program.
     #[command(

@@ -3,8 +3,8 @@
 
 mod machine;
 
-use std::fs::{File, OpenOptions};
-use std::io;
+use std::fs::OpenOptions;
+use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 
@@ -51,23 +51,31 @@ pub struct ReportArgs {
     pins: PinArgs,
     #[command(flatten)]
     daemon: DaemonArgs,
-    /// The archive, which must not be there yet [default: sheave-report-TIME.tar.gz in this folder].
+    /// The archive, which must not be there yet; `-` is standard output [default: sheave-report-TIME.tar.gz in this folder].
     #[arg(long, env = "SHEAVE_FILE", value_name = "FILE")]
     file: Option<PathBuf>,
 }
 
-/// `sheave report`; returns where the archive is.
+/// `sheave report`; returns where the archive is, unless that is standard output.
 ///
 /// # Errors
 ///
 /// If the archive can't be written.
-pub fn report(args: &ReportArgs) -> Result<PathBuf, ReportError> {
+pub fn report(args: &ReportArgs) -> Result<Option<PathBuf>, ReportError> {
     let path = args
         .file
         .clone()
         .unwrap_or_else(|| format!("sheave-report-{}.tar.gz", Timestamp::now().strftime("%Y%m%dT%H%M%SZ")).into());
-    write(&path, &collect(args)).map_err(|source| ReportError { path: path.clone(), source })?;
-    Ok(path)
+    let files = collect(args);
+    let failed = |source| ReportError { path: path.clone(), source };
+    if path.as_os_str() == "-" {
+        write(io::stdout().lock(), &files).and_then(|mut output| output.flush()).map_err(failed)?;
+        return Ok(None);
+    }
+    // Whom it concerns is the owner's business: it holds addresses and names.
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).map_err(failed)?;
+    write(file, &files).and_then(|file| file.sync_all()).map_err(failed)?;
+    Ok(Some(path))
 }
 
 /// The files of a report.
@@ -118,10 +126,9 @@ fn collect(args: &ReportArgs) -> Files {
     files
 }
 
-fn write(path: &PathBuf, files: &Files) -> io::Result<()> {
-    // Whom it concerns is the owner's business: it holds addresses and names.
-    let file: File = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    let mut archive = tar::Builder::new(GzEncoder::new(file, Compression::default()));
+/// Writes the archive, and returns what it went to.
+fn write<W: Write>(output: W, files: &Files) -> io::Result<W> {
+    let mut archive = tar::Builder::new(GzEncoder::new(output, Compression::default()));
     for (name, text) in &files.files {
         let mut header = tar::Header::new_gnu();
         header.set_size(text.len() as u64);
@@ -129,5 +136,5 @@ fn write(path: &PathBuf, files: &Files) -> io::Result<()> {
         header.set_mtime(u64::try_from(Timestamp::now().as_second()).unwrap_or_default());
         archive.append_data(&mut header, format!("sheave-report/{name}"), text.as_bytes())?;
     }
-    archive.into_inner()?.finish()?.sync_all()
+    archive.into_inner()?.finish()
 }

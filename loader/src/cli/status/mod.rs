@@ -161,15 +161,20 @@ impl Daemon {
         }
         let mut daemon = Self::default();
         match http::get(&args.healthz_bind_address, "/healthz") {
-            Ok((_, body)) => {
-                daemon.running = true;
-                let health: Option<Health> = serde_json::from_str(&body).ok();
-                daemon.healthy = health.as_ref().is_some_and(|health| health.healthy);
-                daemon.node_eligible = health.map(|health| health.node_eligible);
-            }
+            Ok((_, body)) => match serde_json::from_str::<Health>(&body) {
+                Ok(health) => {
+                    daemon.running = true;
+                    daemon.healthy = health.healthy;
+                    daemon.node_eligible = Some(health.node_eligible);
+                }
+                // kube-proxy has the same ports.
+                Err(_) => daemon.error = Some("another process answers there".to_owned()),
+            },
             Err(error) => daemon.error = Some(error.to_string()),
         }
-        if let Ok((_, metrics)) = http::get(&args.metrics_bind_address, "/metrics") {
+        if let Ok((_, metrics)) = http::get(&args.metrics_bind_address, "/metrics")
+            && metrics.contains("\nsheave_build_info{")
+        {
             daemon.running = true;
             daemon.learn(&metrics, SystemTime::now());
         }
