@@ -10,18 +10,20 @@ use crate::dataplane;
 use crate::interfaces::Role;
 use crate::netfilter::{self, kube_proxy};
 
-/// What other balancers and CNIs pin.
+/// What other balancers and CNIs pin, below the BPF file system.
 const PINS: &[(&str, &str)] = &[
-    ("/sys/fs/bpf/cilium", "Cilium"),
-    ("/sys/fs/bpf/tc/globals/cilium_lb4_services_v2", "Cilium"),
-    ("/sys/fs/bpf/calico", "Calico's eBPF dataplane"),
-    ("/sys/fs/bpf/tc/globals/cali_v4_nat_fe3", "Calico's eBPF dataplane"),
+    ("cilium", "Cilium"),
+    ("tc/globals/cilium_lb4_services_v2", "Cilium"),
+    ("calico", "Calico's eBPF dataplane"),
+    ("tc/globals/cali_v4_nat_fe3", "Calico's eBPF dataplane"),
 ];
+/// Where that usually is; in a container the node's may be elsewhere, with our own pins.
+const BPFFS: &str = "/sys/fs/bpf";
 const IPVS: &str = "/proc/thread-self/net/ip_vs";
 const IPVS_DEVICE: &str = "kube-ipvs0";
 
 pub(super) fn findings(config: &RunConfig, node: &Node) -> Findings {
-    let mut findings = vec![proxy(node), balancers()];
+    let mut findings = vec![proxy(node), balancers(config)];
     findings.extend(programs(config, node));
     findings.push(forward_rules(config));
     findings.push(masquerading());
@@ -56,8 +58,10 @@ fn balances_by_ipvs() -> bool {
     std::fs::read_to_string(IPVS).is_ok_and(|table| table.lines().count() > 3)
 }
 
-fn balancers() -> Finding {
-    let found: Vec<&str> = PINS.iter().filter(|(pin, _)| Path::new(pin).exists()).map(|(_, name)| *name).collect();
+fn balancers(config: &RunConfig) -> Finding {
+    let roots = [Some(Path::new(BPFFS)), config.pin_path.parent()];
+    let is_there = |pin: &str| roots.iter().flatten().any(|root| root.join(pin).exists());
+    let found: Vec<&str> = PINS.iter().filter(|(pin, _)| is_there(pin)).map(|(_, name)| *name).collect();
     match found.first() {
         None => pass("balancers", "no pins of another one"),
         Some(name) => warn(

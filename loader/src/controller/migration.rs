@@ -94,7 +94,7 @@ pub(super) async fn own(time: Duration, pins: PathBuf, over: mpsc::Sender<Over>)
             if reported.is_none_or(|at| at.elapsed() >= REPORT) {
                 reported = Some(Instant::now());
                 let Open { flows, sockets } = open;
-                info!(flows, sockets, "still open");
+                info!(flows, ?sockets, "still open");
             }
             open.is_nothing()
         }

@@ -30,8 +30,9 @@ pub struct Handover {
 pub struct Open {
     /// Flows that are neither over nor idle for too long.
     pub flows: usize,
-    /// Connected sockets of this network namespace's processes that were pointed at a backend: they would see its address.
-    pub sockets: usize,
+    /// Connected sockets of this network namespace's processes that were pointed at a backend: they would see its address. `None` if
+    /// the kernel does not tell.
+    pub sockets: Option<usize>,
 }
 
 impl Handover {
@@ -70,16 +71,20 @@ impl Handover {
     pub fn remaining(&self) -> Result<Open, MapError> {
         let timeouts = self.maps.config.get(&0)?.map_or(Timeouts::DEFAULT, |config| config.timeouts);
         let flows = flows(&self.maps.v4, &timeouts)? + flows(&self.maps.v6, &timeouts)?;
-        let mut sockets = 0;
+        let mut sockets = Some(0);
         let diagnosis = Diagnosis::open();
         for protocol in [PROTOCOL_TCP, PROTOCOL_UDP] {
             match diagnosis.as_ref().map_or_else(|error| Err(error.kind().into()), |them| them.connected(protocol)) {
                 Ok(connected) => {
                     for socket in connected {
-                        sockets += usize::from(self.is_balanced(&socket, protocol)?);
+                        let balanced = usize::from(self.is_balanced(&socket, protocol)?);
+                        sockets = sockets.map(|sockets| sockets + balanced);
                     }
                 }
-                Err(error) => warn!(%error, protocol, "cannot count sockets"),
+                Err(error) => {
+                    warn!(%error, protocol, "cannot count sockets");
+                    sockets = None;
+                }
             }
         }
         Ok(Open { flows, sockets })
@@ -106,7 +111,7 @@ impl Open {
     /// Whether nothing would notice.
     #[must_use]
     pub const fn is_nothing(self) -> bool {
-        self.flows == 0 && self.sockets == 0
+        self.flows == 0 && matches!(self.sockets, Some(0))
     }
 }
 
