@@ -77,15 +77,15 @@ struct Measure {
 
 /// All of them, in order.
 const MEASURES: &[Measure] = &[
-    Measure { name: "program-hot", seconds: [20, 80], run: program::hot },
+    Measure { name: "program-hot", seconds: [20, 120], run: program::hot },
     Measure { name: "program-rotating", seconds: [8, 100], run: program::rotating },
     Measure { name: "xdp-live", seconds: [5, 10], run: program::live_frames },
-    Measure { name: "ways", seconds: [35, 240], run: path::ways },
+    Measure { name: "ways", seconds: [35, 270], run: path::ways },
     Measure { name: "nodeport", seconds: [15, 110], run: path::node_port },
-    Measure { name: "services", seconds: [14, 200], run: path::against_services },
+    Measure { name: "services", seconds: [14, 330], run: path::against_services },
     Measure { name: "sync", seconds: [14, 80], run: controller::sync },
     Measure { name: "changes", seconds: [15, 60], run: controller::changes },
-    Measure { name: "agent", seconds: [23, 80], run: agent::measure },
+    Measure { name: "agent", seconds: [23, 60], run: agent::measure },
     Measure { name: "memory", seconds: [12, 30], run: agent::memory },
 ];
 
