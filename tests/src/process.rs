@@ -73,7 +73,7 @@ impl Process {
     /// If it has; with its output.
     pub fn check_alive(&mut self) -> Result<()> {
         if let Some(status) = self.child.try_wait()? {
-            std::thread::sleep(Duration::from_millis(50));
+            self.readers.drain(..).for_each(|reader| drop(reader.join()));
             bail!("{} ended: {status}\n{}", self.name, self.log());
         }
         Ok(())
@@ -87,9 +87,7 @@ impl Process {
         let (started, limit) = (Instant::now(), patient(limit));
         loop {
             if let Some(status) = self.child.try_wait()? {
-                for reader in self.readers.drain(..) {
-                    let _ = reader.join();
-                }
+                self.readers.drain(..).for_each(|reader| drop(reader.join()));
                 if status.success() {
                     return Ok(self.log());
                 }

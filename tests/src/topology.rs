@@ -228,7 +228,9 @@ impl Node {
         }
         if shape.pods == PodNetwork::Bridged {
             namespace.ip(&[
-                format!("link add cni0 mtu {} type bridge", shape.pod_mtu()),
+                // With an address of its own, as CNI plugins do it. Otherwise it has the lowest of its ports', and pods would
+                // lose their gateway whenever a port with a lower one comes or goes.
+                format!("link add cni0 address 0a:58:0a:f4:{number:02x}:01 mtu {} type bridge", shape.pod_mtu()),
                 format!("address add 10.244.{number}.1/24 dev cni0"),
                 format!("address add fd00:10:244:{number}::1/64 dev cni0"),
                 "link set cni0 up".into(),
@@ -321,6 +323,15 @@ impl Node {
         self.namespace.ip(&[format!("link delete {}", self.pods[0].host_link)])?;
         self.pods[0] = self.make_pod(1, Some(index))?;
         Ok(())
+    }
+
+    /// Takes the last pod away, with its interface.
+    ///
+    /// # Errors
+    /// Whatever `ip` complains of, or if there is no pod.
+    pub fn remove_last_pod(&mut self) -> Result<()> {
+        let pod = self.pods.pop().context("no pod to take away")?;
+        self.namespace.ip(&[format!("link delete {}", pod.host_link)])
     }
 
     /// The index of an interface in the node's namespace.

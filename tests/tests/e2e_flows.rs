@@ -3,7 +3,7 @@
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::AsRawFd as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -15,6 +15,7 @@ use sheave_tests::client::{self, Conversation};
 use sheave_tests::family::Family;
 use sheave_tests::manifests::Service;
 use sheave_tests::packet::{Packet, SYN};
+use sheave_tests::raw_packets::RawSocket;
 use sheave_tests::scenario::Scenario;
 use sheave_tests::server;
 use sheave_tests::topology::{PodNetwork, Shape};
@@ -94,37 +95,6 @@ fn a_connection_survives_the_loss_of_either_half_of_its_flow() -> Result<()> {
     ticker.join().map_err(|_| anyhow::anyhow!("the ticker panicked"))?.context("the backend's connection")
 }
 
-/// A raw socket that sends whole IPv4 packets.
-fn raw_socket() -> io::Result<OwnedFd> {
-    // SAFETY: socket takes no pointers; the new descriptor is owned here and nowhere else.
-    unsafe {
-        match libc::socket(libc::AF_INET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::IPPROTO_RAW) {
-            -1 => Err(io::Error::last_os_error()),
-            descriptor => Ok(OwnedFd::from_raw_fd(descriptor)),
-        }
-    }
-}
-
-fn send_raw(socket: &OwnedFd, frame: &[u8], to: Ipv4Addr) -> io::Result<()> {
-    let packet = &frame[14..];
-    // SAFETY: all-zero bytes are a valid sockaddr_in.
-    let mut address: libc::sockaddr_in = unsafe { std::mem::zeroed() };
-    address.sin_family = libc::AF_INET as libc::sa_family_t;
-    address.sin_addr.s_addr = u32::from(to).to_be();
-    // SAFETY: packet and address are as long as is said, and outlive the call.
-    let sent = unsafe {
-        libc::sendto(
-            socket.as_raw_fd(),
-            packet.as_ptr().cast(),
-            packet.len(),
-            0,
-            (&raw const address).cast(),
-            size_of::<libc::sockaddr_in>() as libc::socklen_t,
-        )
-    };
-    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
 /// A SYN flood would push out the connections of everybody else.
 #[test]
 fn a_flood_of_syns_pushes_out_other_syns_only() -> Result<()> {
@@ -135,12 +105,12 @@ fn a_flood_of_syns_pushes_out_other_syns_only() -> Result<()> {
     let mut conversations: Vec<Conversation> =
         client.run(|| (0..20).map(|_| Conversation::open(scenario.at(WEB, 7))).collect::<Result<_>>())?;
     scenario.pod(1, 3).namespace.run(|| -> Result<()> {
-        let (socket, web) = (raw_socket()?, scenario.cluster_ip(WEB));
+        let (socket, web) = (RawSocket::open()?, scenario.cluster_ip(WEB));
         for n in 0..30_000_u32 {
             let [_, _, high, low] = n.to_be_bytes();
             let source = format!("10.66.{high}.{low}:{}", 1_024 + n % 60_000);
             // A full device queue loses some of a flood; that is no failure.
-            let _ = send_raw(&socket, &Packet::tcp(&source, &format!("{web}:7"), SYN).build(), web);
+            let _ = socket.send(&Packet::tcp(&source, &format!("{web}:7"), SYN).build(), web);
         }
         Ok(())
     })?;

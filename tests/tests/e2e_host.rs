@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use sheave_tests::client::{self, Answers};
 use sheave_tests::manifests::Service;
 use sheave_tests::netns::Namespace;
-use sheave_tests::process::{Process, built};
+use sheave_tests::process::{Process, built, eventually};
 use sheave_tests::scenario::Scenario;
 use sheave_tests::server::{self, Server};
 use sheave_tests::topology::{PodNetwork, Shape};
@@ -109,7 +109,14 @@ fn a_socket_follows_a_port_to_the_service_that_takes_it_over() -> Result<()> {
     let mut command = scenario.agent.host_command(built("probe")?);
     command.args(["udp-unconnected", &format!("{NODE}:30153"), "60", "50"]);
     let probe = Process::start("probe", &mut command)?;
-    std::thread::sleep(Duration::from_millis(500));
+    eventually(Duration::from_secs(5), || {
+        let text = pods[0].namespace.output("cat", &["/proc/self/net/snmp"])?;
+        // A line of names, then a line of numbers; the first is how many datagrams have arrived.
+        let numbers =
+            text.lines().filter_map(|line| line.strip_prefix("Udp: ")).nth(1).context("no counters of UDP")?;
+        ensure!(!numbers.starts_with("0 "), "the old Service's pod has not been asked");
+        Ok(())
+    })?;
     scenario.publish(&service("old", 20, 30_155), [pods[0]])?;
     scenario.publish(&service("new", 21, 30_153), [pods[1]])?;
     let answers: Answers = serde_json::from_str(&probe.finish(Duration::from_secs(60))?)?;

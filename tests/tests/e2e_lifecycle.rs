@@ -52,6 +52,7 @@ fn connections_go_on_while_sheave_is_killed_and_started_again() -> Result<()> {
         let from_outside = scope.spawn(|| client::until(Some(&outside), &stop, 2, &|| client::who(node_port)));
         let outcome = (0..5).try_for_each(|round| {
             scenario.agent.kill();
+            // Time for hundreds of new connections without it.
             std::thread::sleep(Duration::from_millis(300));
             inside_talk.say(b"while it is down")?;
             outside_talk.say(b"while it is down")?;
@@ -99,13 +100,12 @@ fn manifests_are_followed_and_a_broken_one_changes_nothing() -> Result<()> {
     ask(second, 80)?;
 
     scenario.manifests().write("web.yaml", "apiVersion: v1\nkind: Service\nspec: [this is\n")?;
-    std::thread::sleep(Duration::from_millis(500));
+    eventually(Duration::from_secs(5), || {
+        let log = scenario.agent.log();
+        ensure!(log.contains("web.yaml"), "the log does not name the broken file:\n{log}");
+        Ok(())
+    })?;
     ask(WEB, 80).context("with a broken web.yaml")?;
-    ensure!(
-        scenario.agent.log().contains("web.yaml"),
-        "the log does not name the broken file:\n{}",
-        scenario.agent.log()
-    );
 
     scenario.manifests().remove("second.yaml")?;
     eventually(Duration::from_secs(5), || {

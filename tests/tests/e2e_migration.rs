@@ -186,6 +186,7 @@ fn steps(
     // As long as one is open, it stays.
     let (what, mut last) = sheaves.pop().context("no connection")?;
     sheaves.clear();
+    // Longer than it takes from the last connection's end until it leaves.
     std::thread::sleep(Duration::from_secs(3));
     pod.run(|| last.say(b"the last one")).with_context(|| what)?;
     ensure!(agent.pins().exists(), "it left while a connection was open:\n{}", agent.log());

@@ -1,4 +1,4 @@
-//! Development tasks: `cargo xtask setup | build | image | test | vm | demo | bench`.
+//! Development tasks: `cargo xtask setup | build | image | test | soak | vm | demo | bench`.
 //!
 //! Each task first sets up what it needs and says in plain words what it installs; on a machine where nothing is
 //! missing that takes no time.
@@ -10,6 +10,7 @@ mod image;
 mod oci;
 mod process;
 mod setup;
+mod soak;
 mod test;
 mod vm;
 
@@ -41,6 +42,8 @@ enum Task {
     Image(image::Options),
     /// Build and run every test; those that need it run as root
     Test(test::Options),
+    /// Everything at once, for an hour: no byte may be misrouted, no connection lost, and no memory taken for good
+    Soak(soak::Options),
     /// Boot other kernels in virtual machines
     #[command(subcommand)]
     Vm(vm::Task),
@@ -79,6 +82,10 @@ fn run(task: &Task) -> Result<()> {
         Task::Test(options) => {
             setup::run(setup::Need::Everything)?;
             test::run(options)
+        }
+        Task::Soak(options) => {
+            setup::run(setup::Need::Everything)?;
+            soak::run(options)
         }
         Task::Vm(task) => {
             setup::run(setup::Need::VirtualMachines)?;

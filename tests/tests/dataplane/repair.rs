@@ -9,7 +9,7 @@ use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::backend::Backend;
 use sheave_common::frontend::{Frontend, FrontendKey};
 use sheave_common::{Ipv4Address, service_name::ServiceName};
-use sheave_tests::process::{Process, built};
+use sheave_tests::process::{Process, built, eventually};
 
 use crate::bench::{Bench, desired, hash, in_namespace, insert_flow, meaning, name, service};
 
@@ -131,9 +131,15 @@ fn nothing_is_removed_while_the_source_can_not_be_read() {
         assert!(bench.open().apply_all(desired()).failed.is_empty());
         let before = meaning(&bench.view());
         let mut daemon = start_with(&bench, &["--api-server", "http://127.0.0.1:9"]);
+        let said = |daemon: &Process| daemon.log().matches("127.0.0.1:9").count();
         daemon.wait_for("127.0.0.1:9", Duration::from_secs(60)).expect("it says what it can't reach");
-        std::thread::sleep(Duration::from_millis(500));
-        daemon.check_alive().expect("it goes on");
+        let first = said(&daemon);
+        eventually(Duration::from_secs(60), || {
+            daemon.check_alive()?;
+            anyhow::ensure!(said(&daemon) > first, "it does not try again:\n{}", daemon.log());
+            Ok(())
+        })
+        .expect("it goes on");
         assert_eq!(meaning(&bench.view()), before);
     });
 }
