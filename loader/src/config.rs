@@ -52,6 +52,8 @@ pub struct RunConfig {
     pub healthz: BindAddresses,
     /// Where `/metrics` is served.
     pub metrics: BindAddresses,
+    /// How often what the kernel holds is compared with what was written there; never if absent.
+    pub audit_period: Option<Duration>,
     /// How long a change may wait until this proxy calls itself unhealthy.
     pub health_timeout: Duration,
     /// Sizes of the maps.
@@ -178,6 +180,8 @@ pub struct MapSizes {
 pub const HEALTHZ_PORT: u16 = 10_256;
 /// See [`HEALTHZ_PORT`].
 pub const METRICS_PORT: u16 = 10_249;
+/// See [`RunConfig::audit_period`].
+const AUDIT_PERIOD: Duration = Duration::from_secs(60);
 /// What failed is tried again at least every 30 seconds: this leaves it several attempts.
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -209,6 +213,7 @@ impl RunConfig {
                 (Ipv6Addr::UNSPECIFIED, HEALTHZ_PORT).into(),
             ]),
             metrics: BindAddresses(vec![(Ipv4Addr::LOCALHOST, METRICS_PORT).into()]),
+            audit_period: Some(AUDIT_PERIOD),
             health_timeout: HEALTH_TIMEOUT,
             sizes: MapSizes::default(),
         }

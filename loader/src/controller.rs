@@ -5,6 +5,7 @@
 //! would undo what the kernel still holds from before. Programs are put on interfaces right away. Nothing is undone at
 //! the end: the dataplane outlives this task. [`inputs`] is what it waits for.
 
+mod audit;
 mod inputs;
 mod memory;
 mod migration;
@@ -30,6 +31,7 @@ use crate::netfilter::{self, BypassError};
 use crate::plan::Grace;
 use crate::serve::{self, Arrival, Status};
 use crate::source::{self, SourceError, SourceEvent};
+use audit::Audits;
 use inputs::{Input, Inputs, Passing, QUEUE};
 use migration::Over;
 
@@ -180,6 +182,7 @@ struct Controller {
     /// Service ports that failed, with what was logged.
     failures: BTreeMap<ServicePortName, String>,
     grace: Option<Passing>,
+    audits: Audits,
     next_pass: Instant,
     retry: Option<Instant>,
     retry_delay: Duration,
@@ -215,6 +218,7 @@ impl Controller {
             unattached: BTreeSet::new(),
             failures: BTreeMap::new(),
             grace: None,
+            audits: Audits::new(config.audit_period),
             next_pass: Instant::now(),
             retry: None,
             retry_delay: FIRST_RETRY,
@@ -321,7 +325,7 @@ impl Controller {
     /// When a pass is due without a further event, if one is.
     fn due(&self) -> Option<Instant> {
         let change = (self.may_apply() && self.has_changes()).then_some(self.next_pass);
-        [change, self.retry].into_iter().flatten().min()
+        [change, self.retry, self.audits.due()].into_iter().flatten().min()
     }
 
     /// Something is not in the kernel as it should be because a write failed.
@@ -354,6 +358,8 @@ impl Controller {
         if self.may_apply() && now >= self.next_pass && (self.has_changes() || retry) {
             self.apply(now);
             self.next_pass = Instant::now() + PAUSE;
+        } else {
+            self.audit(now);
         }
         if let Err(error) = self.dataplane.sweep() {
             warn!(error = chain(&error), "cannot sweep flows");
@@ -403,6 +409,7 @@ impl Controller {
             self.status.applied();
         }
         if first {
+            self.audits.begin();
             info!(services = self.ports.len(), interfaces = self.interfaces.len(), writes = written, "ready");
         }
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args};
 use sheave_common::config::Timeouts;
 
-use super::values::Drain;
+use super::values::{Drain, Period};
 use super::{CliError, PinArgs, values};
 use crate::config::{
     BindAddresses, Bypass, ConnectMode, DrainForeign, InterfaceRules, MapSizes, NodePortAddresses, RunConfig,
@@ -111,6 +111,10 @@ pub struct RunArgs {
         value_parser = values::bypass
     )]
     bypass_netfilter: Bypass,
+    /// How often maps, programs and pins are compared with what they should be, repaired, and what differed is told; 0 for
+    /// never (seconds, or with s, m, h, d).
+    #[arg(long, env = "SHEAVE_AUDIT_PERIOD", value_name = "TIME", default_value = "1m", value_parser = values::period)]
+    audit_period: Period,
     #[command(flatten)]
     source: SourceArgs,
     #[command(flatten)]
@@ -287,6 +291,7 @@ impl RunArgs {
             bypass_netfilter: self.bypass_netfilter,
             healthz: self.serve.healthz_bind_address.clone(),
             metrics: self.serve.metrics_bind_address.clone(),
+            audit_period: self.audit_period.0,
             health_timeout: Duration::from_secs(self.serve.health_timeout.into()),
             sizes: self.sizes.sizes(),
         })

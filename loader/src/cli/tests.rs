@@ -85,6 +85,7 @@ fn flags_reach_the_configuration() {
         "--healthz-bind-address=192.0.2.1:80,[2001:db8::1]:80",
         "--metrics-bind-address=",
         "--health-timeout=90",
+        "--audit-period=0",
     ])
     .unwrap();
     assert_eq!(config.source, SourceConfig::Manifests(PathBuf::from("/etc/sheave")));
@@ -107,7 +108,7 @@ fn flags_reach_the_configuration() {
     assert_eq!(config.sizes.conntrack, Some(1_024));
     assert_eq!(config.healthz.0, ["192.0.2.1:80".parse().unwrap(), "[2001:db8::1]:80".parse().unwrap()]);
     assert!(config.metrics.0.is_empty());
-    assert_eq!(config.health_timeout.as_secs(), 90);
+    assert_eq!((config.health_timeout.as_secs(), config.audit_period), (90, None));
 }
 
 #[test]
@@ -130,6 +131,7 @@ fn bad_values_name_the_flag_and_the_remedy() {
         ("--max-conntrack=0", "not in 2.."),
         ("--healthz-bind-address=10256", "0.0.0.0:10256"),
         ("--health-timeout=never", "at least one second"),
+        ("--audit-period=0s", "0 for never"),
         ("--pod-interfaces=a b", "cali*"),
         ("--drain-foreign=soon", "auto, true, false"),
         ("--drain=soon", "2h"),

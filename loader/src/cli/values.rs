@@ -128,6 +128,20 @@ pub(super) fn seconds(text: &str) -> Result<u32, String> {
     number.checked_mul(factor).filter(|seconds| *seconds > 0).ok_or_else(remedy)
 }
 
+/// How often something is done; 0 for never.
+pub(super) fn period(text: &str) -> Result<Period, String> {
+    if text == "0" {
+        return Ok(Period(None));
+    }
+    let remedy = |_| "write a time of at least one second, like 90, 90s, 5m, 24h or 2d, or 0 for never".to_owned();
+    let seconds = seconds(text).map_err(remedy)?;
+    Ok(Period(Some(Duration::from_secs(seconds.into()))))
+}
+
+/// See [`period`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Period(pub(super) Option<Duration>);
+
 /// A name pattern of interfaces.
 pub(super) fn pattern(text: &str) -> Result<String, String> {
     let valid = !text.is_empty() && !text.contains(['/', ' ', ':']);

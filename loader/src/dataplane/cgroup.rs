@@ -1,10 +1,13 @@
-//! Connect-time programs on the cgroup v2 hierarchy: one pinned link each, whose program a restart swaps in place.
+//! Connect-time programs on the cgroup v2 hierarchy: one link each, pinned and held, whose program a restart swaps in place.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use tracing::warn;
 
 use super::error::DataplaneError;
 use super::links;
@@ -23,28 +26,63 @@ const HOOKS: [(&str, &str, AttachType); 8] = [
     ("cgroup_getpeername6", "sock_getpeername6", AttachType::Getpeername6),
 ];
 
-/// Attaches the connect-time programs to a cgroup, or swaps those that are there.
-pub(super) fn attach(programs: &Programs, pins: &Path, cgroup: &Path) -> Result<(), DataplaneError> {
-    let unusable = |source| DataplaneError::Cgroup { path: cgroup.to_owned(), source };
-    let directory = File::open(cgroup).map_err(unusable)?;
-    let id = directory.metadata().map_err(unusable)?.ino();
-    for (pin, program, attach_type) in HOOKS {
-        let pin = pins.join(pin);
-        let fd = programs.fd(program)?;
-        let error = |source| DataplaneError::Attach { program, target: format!("cgroup {}", cgroup.display()), source };
-        if let Some(link) = links::open(&pin).map_err(error)? {
-            let info = syscall::link_info(link.as_fd()).map_err(error)?;
-            // The cgroup's id is its inode number; it reads 0 once the cgroup is gone.
-            let attached_to = u64::from(info.target) | u64::from(info.target_high) << 32;
-            if attached_to == id && syscall::link_update(link.as_fd(), fd).is_ok() {
-                continue;
-            }
-            links::remove(&pin)?;
-        }
-        let link = syscall::link_cgroup(fd, directory.as_fd(), attach_type).map_err(error)?;
-        syscall::pin(link.as_fd(), &pin).map_err(DataplaneError::file("pin", &pin))?;
+/// The connect-time programs' links on a cgroup, pinned and held.
+#[derive(Debug)]
+pub(super) struct Attached {
+    cgroup: PathBuf,
+    pins: PathBuf,
+    held: BTreeMap<&'static str, OwnedFd>,
+}
+
+impl Attached {
+    /// Attaches the programs to a cgroup, or swaps those that are there.
+    pub(super) fn attach(programs: &Programs, pins: PathBuf, cgroup: PathBuf) -> Result<Self, DataplaneError> {
+        let mut attached = Self { cgroup, pins, held: BTreeMap::new() };
+        attached.renew(programs)?;
+        Ok(attached)
     }
-    Ok(())
+
+    /// Makes sure that every hook of the cgroup has its program. Returns the pins of hooks that had none, or another one.
+    pub(super) fn renew(&mut self, programs: &Programs) -> Result<Vec<&'static str>, DataplaneError> {
+        let cgroup = &self.cgroup;
+        let unusable = |source| DataplaneError::Cgroup { path: cgroup.clone(), source };
+        let directory = File::open(cgroup).map_err(unusable)?;
+        let id = directory.metadata().map_err(unusable)?.ino();
+        let mut renewed = Vec::new();
+        for (name, program, attach_type) in HOOKS {
+            let pin = self.pins.join(name);
+            let fd = programs.fd(program)?;
+            let target = || format!("cgroup {}", cgroup.display());
+            let error = |source| DataplaneError::Attach { program, target: target(), source };
+            let held = self.held.remove(name);
+            if let Some(link) = held.map_or_else(|| links::open(&pin), |link| Ok(Some(link))).map_err(error)? {
+                let info = syscall::link_info(link.as_fd()).map_err(error)?;
+                // The cgroup's id is its inode number; it reads 0 once the cgroup is gone.
+                let attached_to = u64::from(info.target) | u64::from(info.target_high) << 32;
+                let is_ours = syscall::object_id(fd).is_ok_and(|id| id == info.program_id);
+                if attached_to == id && (is_ours || syscall::link_update(link.as_fd(), fd).is_ok()) {
+                    self.held.insert(name, link);
+                    if !is_ours {
+                        renewed.push(name);
+                    }
+                    continue;
+                }
+                links::remove(&pin)?;
+            }
+            let link = syscall::link_cgroup(fd, directory.as_fd(), attach_type).map_err(error)?;
+            if let Err(error) = syscall::pin(link.as_fd(), &pin) {
+                warn!(pin = %pin.display(), %error, "attached, but the link can't be pinned: it would not outlive this daemon");
+            }
+            self.held.insert(name, link);
+            renewed.push(name);
+        }
+        Ok(renewed)
+    }
+
+    /// The links, with where they are to be pinned.
+    pub(super) fn links(&self) -> impl Iterator<Item = (PathBuf, BorrowedFd<'_>)> {
+        self.held.iter().map(|(name, link)| (self.pins.join(name), link.as_fd()))
+    }
 }
 
 /// Detaches them.

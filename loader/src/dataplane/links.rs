@@ -1,5 +1,6 @@
 //! Programs on interfaces. Each has a link of its own, pinned as `links/<ifindex>_<hook>`: it outlives this process, and
-//! the next one swaps its program in place.
+//! the next one swaps its program in place. This process holds it as well, so that programs stay where they are if somebody
+//! removes the pins.
 //!
 //! A pinned link outlives its device too, and then attaches nothing (its interface index reads 0). The index may be
 //! another device's by then, so a link is used again only if it says that it still belongs there.
@@ -11,7 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use aya::programs::tc::TcAttachType;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::error::DataplaneError;
 use super::programs::{self, Programs};
@@ -33,9 +34,11 @@ pub(super) enum Hook {
 }
 
 impl Hook {
+    /// In the order of hooks.
+    pub(super) const FIRST: Self = Self::Ingress;
     const ALL: [Self; 4] = [Self::Ingress, Self::Egress, Self::XdpNative, Self::XdpGeneric];
 
-    const fn name(self) -> &'static str {
+    pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Ingress => "ingress",
             Self::Egress => "egress",
@@ -56,7 +59,7 @@ impl Hook {
     }
 
     /// The tc direction, unless it is XDP.
-    const fn direction(self) -> Option<TcAttachType> {
+    pub(super) const fn direction(self) -> Option<TcAttachType> {
         match self {
             Self::Ingress => Some(TcAttachType::Ingress),
             Self::Egress => Some(TcAttachType::Egress),
@@ -75,7 +78,7 @@ impl Hook {
 }
 
 /// The tc programs that belong on an interface.
-fn classifiers(interface: &Interface) -> [(Hook, &'static str); 2] {
+pub(super) fn classifiers(interface: &Interface) -> [(Hook, &'static str); 2] {
     let (ingress, egress) = match (interface.role, interface.ethernet) {
         (Role::Pod, _) => ("pod_ingress", "pod_egress"),
         (Role::Uplink | Role::Tunnel, true) => ("uplink_ingress", "uplink_egress"),
@@ -94,26 +97,27 @@ fn xdp(interface: &Interface, mode: XdpMode) -> Option<(Hook, bool)> {
     }
 }
 
-/// The pinned links.
+/// The links, pinned and held.
 #[derive(Debug)]
 pub(super) struct Links {
     directory: PathBuf,
-    tcx: bool,
+    pub(super) tcx: bool,
+    pub(super) held: BTreeMap<(u32, Hook), OwnedFd>,
 }
 
 impl Links {
     pub(super) const fn new(directory: PathBuf, tcx: bool) -> Self {
-        Self { directory, tcx }
+        Self { directory, tcx, held: BTreeMap::new() }
     }
 
-    fn pin(&self, index: u32, hook: Hook) -> PathBuf {
+    pub(super) fn pin(&self, index: u32, hook: Hook) -> PathBuf {
         self.directory.join(format!("{index}_{}", hook.name()))
     }
 
     /// Attaches the tc programs that belong on an interface. `fresh` is called before the first one is attached to a
     /// device that had none of ours.
     pub(super) fn attach(
-        &self,
+        &mut self,
         programs: &Programs,
         interface: &Interface,
         fresh: impl FnOnce() -> Result<(), DataplaneError>,
@@ -143,7 +147,7 @@ impl Links {
 
     /// Attaches or detaches XDP. Returns whether it is attached.
     pub(super) fn attach_xdp(
-        &self,
+        &mut self,
         programs: &Programs,
         interface: &Interface,
         mode: XdpMode,
@@ -151,11 +155,12 @@ impl Links {
         let wanted = xdp(interface, mode);
         for hook in [Hook::XdpNative, Hook::XdpGeneric] {
             if wanted.is_none_or(|(wanted, _)| wanted != hook) {
+                self.held.remove(&(interface.index, hook));
                 detach(&self.pin(interface.index, hook))?;
             }
         }
         let Some((hook, required)) = wanted else { return Ok(false) };
-        let attach = || -> io::Result<()> {
+        let mut attach = || -> io::Result<()> {
             if !self.update(programs, interface.index, hook, programs::XDP)? {
                 self.create(programs, interface.index, hook, programs::XDP)?;
             }
@@ -171,33 +176,43 @@ impl Links {
         }
     }
 
-    /// Swaps the program of a pinned link that is alive. A dead one's pin is removed.
-    fn update(&self, programs: &Programs, index: u32, hook: Hook, program: &'static str) -> io::Result<bool> {
+    /// Swaps the program of a link that is alive. A dead one's pin is removed.
+    fn update(&mut self, programs: &Programs, index: u32, hook: Hook, program: &'static str) -> io::Result<bool> {
         let pin = self.pin(index, hook);
-        let Some(link) = open(&pin)? else { return Ok(false) };
+        let held = self.held.remove(&(index, hook));
+        let Some(link) = held.map_or_else(|| open(&pin), |link| Ok(Some(link)))? else { return Ok(false) };
         if !is_on(&link, index)? {
-            fs::remove_file(&pin)?;
-            return Ok(false);
+            return remove_file(&pin).map(|()| false);
         }
         let program = programs.fd(program).map_err(io::Error::other)?;
         match syscall::link_update(link.as_fd(), program) {
-            Ok(()) => Ok(true),
+            Ok(()) => {
+                self.held.insert((index, hook), link);
+                Ok(true)
+            }
             // The device went away just now.
-            Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => fs::remove_file(&pin).map(|()| false),
+            Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => remove_file(&pin).map(|()| false),
             Err(error) => Err(error),
         }
     }
 
-    fn create(&self, programs: &Programs, index: u32, hook: Hook, program: &'static str) -> io::Result<()> {
+    fn create(&mut self, programs: &Programs, index: u32, hook: Hook, program: &'static str) -> io::Result<()> {
         let (attach_type, flags) = hook.attach_type();
         let program = programs.fd(program).map_err(io::Error::other)?;
         let link = syscall::link_interface(program, index, attach_type, flags)?;
-        syscall::pin(link.as_fd(), &self.pin(index, hook))
+        let pin = self.pin(index, hook);
+        if let Err(error) = syscall::pin(link.as_fd(), &pin) {
+            // It works for as long as this process holds it; the audit pins it when that is possible.
+            warn!(pin = %pin.display(), %error, "attached, but the link can't be pinned: it would not outlive this daemon");
+        }
+        self.held.insert((index, hook), link);
+        Ok(())
     }
 
     /// Detaches everything from an interface, or removes what is left of it if it is gone.
-    pub(super) fn detach(&self, index: u32) -> Result<(), DataplaneError> {
+    pub(super) fn detach(&mut self, index: u32) -> Result<(), DataplaneError> {
         for hook in Hook::ALL {
+            self.held.remove(&(index, hook));
             remove(&self.pin(index, hook))?;
         }
         if !self.tcx {
@@ -206,9 +221,11 @@ impl Links {
         Ok(())
     }
 
-    /// Interface indexes with a pinned link.
+    /// Interface indexes with a link.
     pub(super) fn indexes(&self) -> Result<BTreeSet<u32>, DataplaneError> {
-        Ok(pinned(&self.directory)?.into_keys().collect())
+        let mut indexes: BTreeSet<u32> = pinned(&self.directory)?.into_keys().collect();
+        indexes.extend(self.held.keys().map(|(index, _)| index));
+        Ok(indexes)
     }
 }
 
@@ -271,11 +288,15 @@ pub(super) fn detach(pin: &Path) -> Result<(), DataplaneError> {
     remove(pin)
 }
 
-/// Removes a pin; the link goes with it, and detaches. It need not be there.
+/// Removes a pin; a link that nobody holds goes with it, and detaches. It need not be there.
 pub(super) fn remove(pin: &Path) -> Result<(), DataplaneError> {
+    remove_file(pin).map_err(DataplaneError::file("remove the pin", pin))
+}
+
+fn remove_file(pin: &Path) -> io::Result<()> {
     match fs::remove_file(pin) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result.map_err(DataplaneError::file("remove the pin", pin)),
+        result => result,
     }
 }
 

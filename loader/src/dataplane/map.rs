@@ -14,6 +14,9 @@ use super::syscall::{self, Cursor};
 /// Elements that one batch system call reads at first; a hash bucket that is larger doubles it.
 const BATCH: u32 = 4_096;
 
+/// Elements that one step of a walk reads.
+const STRIDE: u32 = 256;
+
 /// How often a write is tried again that found no memory.
 const ATTEMPTS: u32 = 5;
 
@@ -204,6 +207,33 @@ impl<K: Pod, V: Pod> Map<K, V> {
         Ok(elements)
     }
 
+    /// The next elements of a walk, some hundreds at a time; `None` at its end. Of those that are in a hash all the time it
+    /// misses none.
+    pub(super) fn walk(&self, walk: &mut Walk) -> Result<Option<Vec<(K, V)>>, MapError> {
+        if walk.over {
+            return Ok(None);
+        }
+        let mut count = STRIDE.min(self.max_entries.max(1));
+        loop {
+            let room = count as usize;
+            let (mut keys, mut values) = (buffer::<K>(room), buffer::<V>(room));
+            match syscall::map_lookup_batch(self.fd.as_fd(), &mut walk.cursor, &mut keys, &mut values, count) {
+                Ok((number, end)) => {
+                    walk.over = end;
+                    return Ok(Some((0..number as usize).map(|at| (read(&keys, at), read(&values, at))).collect()));
+                }
+                // A bucket has more elements than the buffer.
+                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => count *= 2,
+                // Not of this kind of map, or not on this kernel: then all at once.
+                Err(error) if lacks_batches(&error) => {
+                    walk.over = true;
+                    return self.dump().map(Some);
+                }
+                Err(error) => return Err(self.error("walk over", error)),
+            }
+        }
+    }
+
     fn error(&self, action: &'static str, source: io::Error) -> MapError {
         match source.raw_os_error() {
             Some(libc::E2BIG | libc::ENOMEM | libc::ENOSPC) if action == "write to" => {
@@ -212,6 +242,28 @@ impl<K: Pod, V: Pod> Map<K, V> {
             _ => MapError::Access { action, map: self.name, source },
         }
     }
+}
+
+impl<V: Pod> Map<u32, V> {
+    /// Elements of an array, from one index on.
+    pub(super) fn get_range(&self, first: u32, number: u32) -> Result<Vec<V>, MapError> {
+        let mut cursor = first.checked_sub(1).map_or_else(Cursor::default, Cursor::behind);
+        let (mut keys, mut values) = (buffer::<u32>(number as usize), buffer::<V>(number as usize));
+        match syscall::map_lookup_batch(self.fd.as_fd(), &mut cursor, &mut keys, &mut values, number) {
+            Ok((found, _)) => Ok((0..found as usize).map(|at| read(&values, at)).collect()),
+            Err(error) if lacks_batches(&error) => {
+                (first..first.saturating_add(number)).filter_map(|index| self.get(&index).transpose()).collect()
+            }
+            Err(error) => Err(self.error("look up in", error)),
+        }
+    }
+}
+
+/// How far a walk over a map has got.
+#[derive(Default)]
+pub(super) struct Walk {
+    cursor: Cursor,
+    over: bool,
 }
 
 /// The kernel has no batch operations, or not for this kind of map.

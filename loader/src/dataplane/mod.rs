@@ -4,6 +4,7 @@
 //! of another version under their links, and writes only what differs. [`PinnedMaps`] reads the pins, with or without a daemon.
 
 mod attached;
+mod audit;
 mod census;
 mod cgroup;
 mod cleanup;
@@ -36,11 +37,14 @@ mod writer;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 
 use sheave_common::interface::{self, flags};
 use tracing::{debug, info};
 
 pub use attached::attached;
+pub use audit::{Audit, Finding, Kind as FindingKind};
 pub use census::{Census, Fullness};
 pub use cleanup::cleanup;
 pub use error::{DataplaneError, MapError};
@@ -75,6 +79,10 @@ pub struct Dataplane {
     writer: Writer,
     planner: Planner,
     links: Links,
+    /// Connect-time programs, unless they are off.
+    cgroup: Option<cgroup::Attached>,
+    /// Every map, with where it is pinned: also those that only programs use.
+    kept: Vec<(PathBuf, OwnedFd)>,
     sockets: Closer,
     _loads: Counter,
     xdp: XdpMode,
@@ -83,7 +91,7 @@ pub struct Dataplane {
     /// Pod interfaces that went away and whose flows are still there.
     unswept: BTreeSet<u32>,
     /// Last, so that the pin directory is free only when everything else is done with.
-    _pins: Pins,
+    pins: Pins,
 }
 
 impl Dataplane {
@@ -118,7 +126,7 @@ impl Dataplane {
         let programs = Programs::open(&pins, &definitions, constants(old))?;
         let maps = Maps::open(pins.directory(), false)?;
         let element = settings::element(old, config)?;
-        let links = Links::new(pins.links(), features.tcx);
+        let mut links = Links::new(pins.links(), features.tcx);
         let moved =
             old.is_some_and(|old| old.host_netns_cookie != 0 && old.host_netns_cookie != element.host_netns_cookie);
         if moved {
@@ -133,12 +141,14 @@ impl Dataplane {
         }
         let writer = Writer::new(maps, old, element)?;
         let planner = Planner::restore(writer.dump()?);
-        if config.connect == ConnectMode::Off {
+        let cgroup = if config.connect == ConnectMode::Off {
             cgroup::detach(&pins.links())?;
+            None
         } else {
             let cgroup = config.cgroup.clone().map_or_else(cgroup::root, Ok)?;
-            cgroup::attach(&programs, &pins.links(), &cgroup)?;
-        }
+            Some(cgroup::Attached::attach(&programs, pins.links(), cgroup)?)
+        };
+        let kept = definitions.iter().map(|definition| pins.open_map(definition)).collect::<Result<_, _>>()?;
         let sockets = Closer::start(pins.directory())?;
         let loads = Counter::start(pins.directory())?;
         Ok(Self {
@@ -146,12 +156,14 @@ impl Dataplane {
             writer,
             planner,
             links,
+            cgroup,
+            kept,
             sockets,
             _loads: loads,
             xdp: config.xdp,
             refused: BTreeMap::new(),
             unswept: BTreeSet::new(),
-            _pins: pins,
+            pins,
         })
     }
 
@@ -242,6 +254,11 @@ impl Dataplane {
     ///
     /// If the kernel refuses; the interface may have gone away in the meantime.
     pub fn attach(&mut self, interface: &Interface) -> Result<(), DataplaneError> {
+        self.attach_or_renew(interface, false)
+    }
+
+    /// As [`Self::attach`]. Unless it is only renewed, flows of an interface without programs are another device's.
+    fn attach_or_renew(&mut self, interface: &Interface, renewed: bool) -> Result<(), DataplaneError> {
         let index = interface.index;
         let role = if interface.role == Role::Pod { flags::POD } else { flags::UPLINK };
         if self.unswept.contains(&index) {
@@ -259,7 +276,7 @@ impl Dataplane {
         let maps = &self.writer.maps;
         self.links.attach(&self.programs, interface, || {
             // An element without programs is another device's that had this index.
-            if old.is_some_and(|old| old.flags & flags::POD != 0) {
+            if !renewed && old.is_some_and(|old| old.flags & flags::POD != 0) {
                 let swept = sweep::edges(maps, &BTreeSet::from([index]))?;
                 debug!(index, swept, "swept flows of the interface that had this index before");
             }

@@ -47,12 +47,26 @@ pub(super) fn delete_service_cidr(maps: &Maps, network: &Network) -> Result<bool
     }
 }
 
+/// Whether clients of these addresses are let in, by this element or by that of a wider network.
+pub(super) fn has_source_range(maps: &Maps, service_id: u32, network: &Network) -> Result<bool, MapError> {
+    let found = match network.address() {
+        IpAddr::V4(ip) => maps.v4.source_ranges.get(&range::<Ipv4Address>(service_id, network, ip))?,
+        IpAddr::V6(ip) => maps.v6.source_ranges.get(&range::<Ipv6Address>(service_id, network, ip))?,
+    };
+    Ok(found.is_some())
+}
+
+/// Service id and clients that an element stands for; `None` if that is no network.
+pub(super) fn range_of<A: Copy + Into<I>, I: Into<IpAddr>>(key: &Prefix<SourceRange<A>>) -> Option<(u32, Network)> {
+    let SourceRange { service_id, address } = key.data;
+    let length = key.prefix_len.checked_sub(SERVICE_ID_LENGTH)?;
+    Some((service_id, network::<A, I>(address, length)?))
+}
+
 /// Service ids with the clients that their guarded frontends let in.
 pub(super) fn source_ranges(maps: &Maps) -> Result<Vec<(u32, Network)>, MapError> {
-    fn read<A: Into<I>, I: Into<IpAddr>>((key, _): (Prefix<SourceRange<A>>, u32)) -> Option<(u32, Network)> {
-        let SourceRange { service_id, address } = key.data;
-        let length = key.prefix_len.checked_sub(SERVICE_ID_LENGTH)?;
-        Some((service_id, network::<A, I>(address, length)?))
+    fn read<A: Copy + Into<I>, I: Into<IpAddr>>((key, _): (Prefix<SourceRange<A>>, u32)) -> Option<(u32, Network)> {
+        range_of::<A, I>(&key)
     }
     let mut ranges: Vec<_> =
         maps.v4.source_ranges.dump()?.into_iter().filter_map(read::<_, std::net::Ipv4Addr>).collect();

@@ -9,7 +9,7 @@ use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -32,7 +32,7 @@ const MAPS: &str = "maps";
 #[derive(Debug)]
 pub(super) struct Pins {
     directory: PathBuf,
-    _lock: File,
+    lock: File,
 }
 
 impl Pins {
@@ -76,9 +76,16 @@ impl Pins {
             });
         }
         // A cleanup may have removed the directory between open and flock: then the lock is on a dead inode.
-        let ours = lock.metadata().map_err(DataplaneError::file("read", directory))?;
-        let there = fs::metadata(directory).is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino()));
-        Ok(there.then(|| Self { directory: directory.to_owned(), _lock: lock }))
+        Ok(is_there(&lock, directory)?.then(|| Self { directory: directory.to_owned(), lock }))
+    }
+
+    /// Makes sure that the directory is there and still ours: somebody may have removed it, or unmounted its file system.
+    pub(super) fn retake(&mut self) -> Result<(), DataplaneError> {
+        check_file_system(&self.directory)?;
+        if !is_there(&self.lock, &self.directory)? {
+            *self = Self::take(&self.directory)?;
+        }
+        Ok(())
     }
 
     /// Where the maps are pinned.
@@ -116,6 +123,13 @@ impl Pins {
     pub(super) fn map_ids(&self, definitions: &[Definition]) -> Result<Option<Vec<u32>>, DataplaneError> {
         let pinned = definitions.iter().map(|definition| self.pinned(definition));
         pinned.map(|info| Ok(info?.map(|info| info.id))).collect()
+    }
+
+    /// The pin of a definition's map, and the map.
+    pub(super) fn open_map(&self, definition: &Definition) -> Result<(PathBuf, OwnedFd), DataplaneError> {
+        let pin = self.map(definition);
+        let map = syscall::open_pin(&pin, false).map_err(DataplaneError::file("open the pin", &pin))?;
+        Ok((pin, map))
     }
 
     /// The kernel's map for a definition; `None` if none is pinned.
@@ -161,6 +175,12 @@ impl Pins {
             }
         }
     }
+}
+
+/// Whether an open directory is the one of this path.
+fn is_there(open: &File, directory: &Path) -> Result<bool, DataplaneError> {
+    let ours = open.metadata().map_err(DataplaneError::file("read", directory))?;
+    Ok(fs::metadata(directory).is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino())))
 }
 
 /// Where the links are pinned.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 
 use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier, Xdp};
 use aya::util::KernelVersion;
@@ -132,6 +133,11 @@ impl Programs {
     /// A loaded program.
     pub(super) fn fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, DataplaneError> {
         self.fds.get(name).map(AsFd::as_fd).ok_or(DataplaneError::NoProgram { program: name })
+    }
+
+    /// All of them, with where they are pinned.
+    pub(super) fn pins(&self) -> impl Iterator<Item = (PathBuf, BorrowedFd<'_>)> {
+        self.fds.iter().map(|(name, program)| (self.shelf.pin(name), program.as_fd()))
     }
 
     /// A tc program for aya's netlink.

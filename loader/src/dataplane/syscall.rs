@@ -236,6 +236,18 @@ pub(super) struct Cursor {
     started: bool,
 }
 
+impl Cursor {
+    /// Behind an element of an array.
+    pub(super) fn behind(index: u32) -> Self {
+        // A key lies at the beginning, in the machine's order.
+        let mut first = [0; 8];
+        first[..4].copy_from_slice(&index.to_ne_bytes());
+        let mut position = [0; 8];
+        position[0] = u64::from_ne_bytes(first);
+        Self { position, started: true }
+    }
+}
+
 /// Reads the next elements into `keys` and `values`, which have room for `count` of them. Returns how many were read and
 /// whether that was the end.
 pub(super) fn map_lookup_batch(
@@ -338,6 +350,20 @@ pub(super) fn program_info(program: BorrowedFd<'_>) -> io::Result<ProgramInfo> {
 pub(super) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     // SAFETY: `LinkInfo` is the head of `struct bpf_link_info` for XDP, TCX and cgroup links.
     unsafe { info(link) }
+}
+
+/// The kernel's number for a map, program or link; each kind has numbers of its own.
+pub(super) fn object_id(object: BorrowedFd<'_>) -> io::Result<u32> {
+    /// Every kind's information begins like this.
+    #[derive(Default)]
+    #[repr(C)]
+    struct Head {
+        kind: u32,
+        id: u32,
+    }
+    // SAFETY: `Head` is the head of `struct bpf_map_info`, `struct bpf_prog_info` and `struct bpf_link_info`.
+    let head: Head = unsafe { info(object) }?;
+    Ok(head.id)
 }
 
 /// Attaches a program to an interface.

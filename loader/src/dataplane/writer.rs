@@ -1,7 +1,7 @@
 //! Makes the plan's writes, many of a kind together where that is possible, gives each frontend and backend its version, and
 //! counts.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use sheave_common::config::{Config, flags};
@@ -22,19 +22,24 @@ const VERSIONS: u64 = 1 << 16;
 pub(super) struct Writer {
     pub(super) maps: Maps,
     /// As the map has it.
-    config: Config,
+    pub(super) config: Config,
     /// Next version to use; below `config.next_version`, or equal when none is reserved.
     next_version: u64,
-    writes: u64,
+    pub(super) writes: u64,
     /// Which elements of `destinations` are set; empty before the first is needed.
-    destinations: Vec<bool>,
+    pub(super) destinations: Vec<bool>,
+    /// What `service_cidrs4/6` are to hold; unknown before somebody says so.
+    pub(super) service_cidrs: Option<BTreeSet<Network>>,
+    /// What was put into `interfaces`, by this process.
+    pub(super) interfaces: BTreeMap<u32, Interface>,
 }
 
 impl Writer {
     /// `config` is what the map has to hold from now on; it is written if it does not.
     pub(super) fn new(maps: Maps, old: Option<Config>, config: Config) -> Result<Self, MapError> {
         let next_version = config.next_version;
-        let mut writer = Self { maps, config, next_version, writes: 0, destinations: Vec::new() };
+        let (destinations, interfaces) = (Vec::new(), BTreeMap::new());
+        let mut writer = Self { maps, config, next_version, writes: 0, destinations, service_cidrs: None, interfaces };
         if old != Some(config) {
             writer.put_config(config)?;
         }
@@ -51,7 +56,7 @@ impl Writer {
         if config == self.config { Ok(()) } else { self.put_config(config) }
     }
 
-    fn put_config(&mut self, config: Config) -> Result<(), MapError> {
+    pub(super) fn put_config(&mut self, config: Config) -> Result<(), MapError> {
         self.maps.config.put(&0, &config)?;
         self.writes += 1;
         self.config = config;
@@ -69,11 +74,13 @@ impl Writer {
             self.maps.interfaces.put(&index, &interface)?;
             self.writes += 1;
         }
+        self.interfaces.insert(index, interface);
         Ok(())
     }
 
     /// Deletes an interface's element; it need not be there.
     pub(super) fn delete_interface(&mut self, index: u32) -> Result<(), MapError> {
+        self.interfaces.remove(&index);
         if self.maps.interfaces.delete(&index)? {
             self.writes += 1;
         }
@@ -83,6 +90,7 @@ impl Writer {
     /// Makes `service_cidrs4/6` hold exactly these networks. The programs look into a map only while `config` says that it
     /// is not empty: so filled before, and emptied after.
     pub(super) fn set_service_cidrs(&mut self, wanted: &BTreeSet<Network>) -> Result<(), MapError> {
+        self.service_cidrs = Some(wanted.clone());
         let known = networks::service_cidrs(&self.maps)?;
         for network in wanted.difference(&known) {
             networks::put_service_cidr(&self.maps, network)?;
@@ -175,25 +183,28 @@ impl Writer {
     /// Lets the programs look for packets to the frontends that are to be written.
     fn announce<'a>(&mut self, writes: impl Iterator<Item = &'a Write>) -> Result<(), MapError> {
         let element = |write: &Write| match write {
-            Write::PutFrontend { address, .. } => Some(match address.address {
-                IpAddr::V4(ip) => filter::element(&Ipv4Address::from(ip)),
-                IpAddr::V6(ip) => filter::element(&Ipv6Address::from(ip)),
-            }),
+            Write::PutFrontend { address, .. } => Some(destination(address.address)),
             _ => None,
         };
         let mut missing: BTreeSet<u32> = writes.filter_map(element).collect();
         if missing.is_empty() {
             return Ok(());
         }
-        if self.destinations.is_empty() {
-            let elements = self.maps.destinations.dump()?;
-            self.destinations = elements.into_iter().map(|(_, set)| set != 0).collect();
-        }
+        self.read_destinations()?;
         missing.retain(|element| !self.destinations[*element as usize]);
         self.maps.destinations.put_all(&missing.iter().map(|element| (*element, 1)).collect::<Vec<_>>())?;
         self.writes += missing.len() as u64;
         for element in missing {
             self.destinations[element as usize] = true;
+        }
+        Ok(())
+    }
+
+    /// Finds out once which elements of `destinations` are set.
+    pub(super) fn read_destinations(&mut self) -> Result<(), MapError> {
+        if self.destinations.is_empty() {
+            let elements = self.maps.destinations.dump()?;
+            self.destinations = elements.into_iter().map(|(_, set)| set != 0).collect();
         }
         Ok(())
     }
@@ -231,6 +242,14 @@ impl Writer {
             next_service_id: self.config.next_service_id,
             service_limit: maps.service_names.max_entries(),
         })
+    }
+}
+
+/// The element of `destinations` that stands for a frontend's address.
+pub(super) fn destination(address: IpAddr) -> u32 {
+    match address {
+        IpAddr::V4(ip) => filter::element(&Ipv4Address::from(ip)),
+        IpAddr::V6(ip) => filter::element(&Ipv6Address::from(ip)),
     }
 }
 

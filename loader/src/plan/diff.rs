@@ -166,7 +166,7 @@ impl Planner {
         services
     }
 
-    fn draft(
+    pub(super) fn draft(
         &mut self,
         changed: impl IntoIterator<Item = (ServicePortName, Option<ServicePort>)>,
         mut touched: Touched,

@@ -4,6 +4,7 @@
 //! The next ids live in the pinned config map and are raised, some at a time, before the first of them is used.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 /// How many ids are reserved at once.
 const CHUNK: u32 = 64;
@@ -55,6 +56,12 @@ impl Identity {
     #[must_use]
     pub const fn service_limit(&self) -> u32 {
         self.service_limit
+    }
+
+    /// Service ids that are in use, or were.
+    #[must_use]
+    pub const fn service_ids(&self) -> Range<u32> {
+        1..self.next_service
     }
 
     /// A backend id that was never used; `None` when all are.

@@ -12,6 +12,7 @@
 //! Versions of map elements, system calls and Kubernetes' rules are left to others.
 
 mod actual;
+mod audit;
 mod backends;
 mod claims;
 mod diff;
@@ -28,6 +29,7 @@ mod wanted;
 mod write;
 
 pub use actual::{Counts, Dump};
+pub use audit::{Drift, Mirrored};
 pub use diff::{PlanError, Planner};
 pub use execute::Sink;
 pub use identity::Identity;

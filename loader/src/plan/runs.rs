@@ -107,6 +107,18 @@ impl Runs {
         run.names == 0
     }
 
+    /// A service's runs, and what the kernel's table holds there.
+    pub(super) fn of(&self, service_id: u32) -> impl Iterator<Item = (BackendSet, &[u32])> {
+        self.of.get(&service_id).into_iter().flatten().map(|run| (run.set(), &*run.ids))
+    }
+
+    /// The kernel's table holds other ids in a run, as many.
+    pub(super) fn learn(&mut self, service_id: u32, set: BackendSet, ids: &[u32]) {
+        if let Some(run) = self.get_mut(service_id, set) {
+            run.ids = ids.into();
+        }
+    }
+
     /// Whether a frontend of this service in the kernel can lead to this backend.
     pub(super) fn reaches(&self, service_id: u32, backend_id: u32) -> bool {
         let mut named = self.of.get(&service_id).into_iter().flatten().filter(|run| run.names > 0);

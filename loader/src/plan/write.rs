@@ -1,12 +1,13 @@
 //! The values that the plan reads and writes: map elements without what only the writer knows (versions, layout).
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use sheave_common::frontend::BackendSet;
 
 use super::diff::PlanError;
-use crate::model::desired::ServicePortName;
+use crate::model::desired::{Protocol, ServicePortName};
 use crate::model::network::Network;
 
 /// Key of a frontend, of either family.
@@ -43,6 +44,16 @@ impl FrontendAddress {
     #[must_use]
     pub const fn socket(&self) -> SocketAddr {
         SocketAddr::new(self.address, self.port)
+    }
+}
+
+impl fmt::Display for FrontendAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match Protocol::from_number(self.protocol) {
+            Some(protocol) => write!(f, "{}/{protocol}", self.socket()),
+            None if self.is_mark() => write!(f, "the address {}", self.address),
+            None => write!(f, "{}, protocol {}", self.socket(), self.protocol),
+        }
     }
 }
 
@@ -86,6 +97,14 @@ pub struct Backend {
     pub weight: u16,
     /// Bits of [`sheave_common::backend::flags`].
     pub flags: u32,
+}
+
+impl Backend {
+    /// Address and port.
+    #[must_use]
+    pub const fn endpoint(&self) -> SocketAddr {
+        SocketAddr::new(self.address, self.port)
+    }
 }
 
 /// One write to one map.

@@ -35,6 +35,11 @@ pub(super) struct Metrics {
     pub(super) map_capacity: IntGaugeVec,
     pub(super) map_refusals: IntCounterVec,
     pub(super) skipped_fields: IntCounter,
+    pub(super) audits: IntCounter,
+    pub(super) audit_findings: IntCounterVec,
+    pub(super) audit_troubles: IntGauge,
+    pub(super) audit_busy: Gauge,
+    pub(super) last_audit: Gauge,
     unapplied: Gauge,
     flows: IntGaugeVec,
     programs: IntGaugeVec,
@@ -155,6 +160,21 @@ impl Metrics {
             ),
             skipped_fields: make
                 .counter("sheave_skipped_fields_total", "Fields of objects that could not be used; the log names them"),
+            audits: make.counter(
+                "sheave_audits_total",
+                "Comparisons of the kernel's maps, programs and pins with what they should be",
+            ),
+            audit_findings: make.counters(
+                "sheave_audit_findings_total",
+                "Elements of a map, links or pins that were not as they should be; the log names them",
+                "place",
+            ),
+            audit_troubles: make.add(IntGauge::new(
+                "sheave_audit_unrepaired",
+                "What the last audit could not repair; the log says why",
+            )),
+            audit_busy: make.seconds("sheave_audit_duration_seconds", "For how long the last audit has worked"),
+            last_audit: make.seconds("sheave_audit_last_timestamp_seconds", "When the last audit ended"),
             unapplied: make.seconds(
                 "sheave_oldest_unapplied_change_seconds",
                 "For how long a change that the source has told has waited to be applied",

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use super::health::Health;
 use super::metrics::{Changes, Metrics, seconds};
 use super::service_health::HealthChecks;
-use crate::dataplane::Usage;
+use crate::dataplane::{Audit, Usage};
 use crate::model::desired::{EndpointSets, ServiceKey, ServicePort, ServicePortName};
 use crate::model::{Change, Model};
 
@@ -151,6 +151,17 @@ impl Status {
         for triggered in self.triggers.drain(..) {
             self.metrics.programmed(triggered, now);
         }
+    }
+
+    /// An audit has ended.
+    pub fn audited(&self, audit: &Audit) {
+        self.metrics.audits.inc();
+        for ((place, _), finding) in &audit.findings {
+            self.metrics.audit_findings.with_label_values(&[place]).inc_by(finding.number);
+        }
+        self.metrics.audit_troubles.set(i64::try_from(audit.troubles.len()).unwrap_or(i64::MAX));
+        self.metrics.audit_busy.set(audit.busy.as_secs_f64());
+        self.metrics.last_audit.set(seconds(SystemTime::now()));
     }
 
     /// The controller will sleep until something happens, and has nothing left to do.

@@ -73,6 +73,12 @@ struct Daemon {
     sync_age_seconds: Option<u64>,
     /// For how long a change has waited.
     unapplied_seconds: Option<f64>,
+    /// Since the last comparison of maps, programs and pins with what they should be.
+    audit_age_seconds: Option<u64>,
+    /// What such comparisons have found and repaired since the daemon's start.
+    audit_findings: Option<u64>,
+    /// What the last one could not repair.
+    audit_unrepaired: Option<u64>,
     /// Why nobody answers.
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
@@ -187,8 +193,15 @@ impl Daemon {
             metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
         };
         let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
-        let synced = value("kubeproxy_sync_proxy_rules_last_timestamp_seconds").filter(|synced| *synced > 0.0);
-        self.sync_age_seconds = synced.map(|synced| (now - synced).max(0.0) as u64);
+        let age = |name: &str| value(name).filter(|time| *time > 0.0).map(|time| (now - time).max(0.0) as u64);
+        self.sync_age_seconds = age("kubeproxy_sync_proxy_rules_last_timestamp_seconds");
+        self.audit_age_seconds = age("sheave_audit_last_timestamp_seconds");
+        if self.audit_age_seconds.is_some() {
+            let findings = metrics.lines().filter_map(|line| line.strip_prefix("sheave_audit_findings_total{"));
+            let findings = findings.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+            self.audit_findings = Some(findings.sum::<f64>() as u64);
+            self.audit_unrepaired = value("sheave_audit_unrepaired").map(|number| number as u64);
+        }
         self.unapplied_seconds = value("sheave_oldest_unapplied_change_seconds");
         let build = metrics.lines().find_map(|line| line.strip_prefix("sheave_build_info{"));
         let version = build.and_then(|labels| labels.split("version=\"").nth(1)?.split('"').next());

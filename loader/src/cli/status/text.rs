@@ -20,6 +20,9 @@ impl Status {
         if let Some(version) = self.daemon.version.as_deref().filter(|version| *version != self.version) {
             text += &line("", &paint(BAD, &format!("it is another version: {version}")));
         }
+        if let Some(audit) = self.daemon.audit() {
+            text += &line("audit", &audit);
+        }
         text += &line("pins", &self.pins.display().to_string());
         match (&self.dataplane, &self.error) {
             (Some(dataplane), _) => text += &dataplane.text(wide),
@@ -47,6 +50,21 @@ impl Daemon {
             _ => {}
         }
         text
+    }
+}
+
+impl Daemon {
+    /// What audits have found; `None` before the first one.
+    fn audit(&self) -> Option<String> {
+        let mut text = format!("{} ago: ", time(self.audit_age_seconds?));
+        text += &match self.audit_unrepaired {
+            Some(1..) => paint(BAD, "not everything could be repaired, see the daemon's log"),
+            _ => paint(GOOD, "as it should be"),
+        };
+        if let Some(found @ 1..) = self.audit_findings {
+            text += &format!("; {found} found and repaired since the daemon's start, see its log");
+        }
+        Some(text)
     }
 }
 
