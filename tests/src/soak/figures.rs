@@ -12,7 +12,7 @@ use crate::agent::Agent;
 /// Of one daemon.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Daemon {
-    /// Resident memory in kB.
+    /// Resident memory in kB, without pages of files: those of the program come and go as the machine has room for them.
     memory: u64,
     descriptors: u64,
     threads: u64,
@@ -29,7 +29,7 @@ pub(super) struct Figures {
 }
 
 /// How much more than in the first half is flat: a part, and kB or descriptors besides. An allocator's pages come in steps.
-const MEMORY: (u64, u64) = (10, 4_096);
+const MEMORY: (u64, u64) = (10, 2_048);
 const COUNT: (u64, u64) = (10, 3);
 
 impl Daemon {
@@ -43,7 +43,7 @@ impl Daemon {
         let (mut pins, mut maps) = (0, 0);
         count(agent.pins(), &mut pins, &mut maps)?;
         Ok(Self {
-            memory: field("VmRSS:")?,
+            memory: field("RssAnon:")?,
             descriptors: fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64,
             threads: field("Threads:")?,
             pins,
