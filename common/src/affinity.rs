@@ -1,4 +1,6 @@
 //! `affinity4` and `affinity6`: which backend a client of a service port last used.
+//!
+//! A client is an address at an edge: a pod that sends with another pod's address changes nothing for that one.
 
 use crate::{Ipv4Address, Ipv6Address};
 
@@ -8,6 +10,9 @@ use crate::{Ipv4Address, Ipv6Address};
 pub struct AffinityKey<A> {
     /// Service port.
     pub service_id: u32,
+    /// Where the client's packets meet this node, as in [`crate::flow::FlowKey`]; [`crate::flow::EDGE_UPLINK`] for
+    /// processes as well.
+    pub edge: u32,
     /// The client's address; for processes of this host, the node's address ([`crate::config::Config`]).
     pub client: A,
 }
@@ -22,6 +27,6 @@ pub struct Affinity {
     pub last_new_connection: u32,
 }
 
-crate::layout::layout!(AffinityKey<Ipv4Address>, size 8, { service_id @ 0 + 4, client @ 4 + 4 });
-crate::layout::layout!(AffinityKey<Ipv6Address>, size 20, { service_id @ 0 + 4, client @ 4 + 16 });
+crate::layout::layout!(AffinityKey<Ipv4Address>, size 12, { service_id @ 0 + 4, edge @ 4 + 4, client @ 8 + 4 });
+crate::layout::layout!(AffinityKey<Ipv6Address>, size 24, { service_id @ 0 + 4, edge @ 4 + 4, client @ 8 + 16 });
 crate::layout::layout!(Affinity, size 8, { backend_id @ 0 + 4, last_new_connection @ 4 + 4 });

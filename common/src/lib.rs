@@ -35,7 +35,7 @@ pub use drop_reason::DropReason;
 
 /// Version of all the map layouts in this crate together. It is stored in [`config::Config::layout_version`] of the
 /// pinned config map; a loader refuses pins of another version.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;
 
 /// IP protocol number of ICMP (RFC 792).
 pub const PROTOCOL_ICMP: u8 = 1;

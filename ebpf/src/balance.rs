@@ -50,25 +50,48 @@ pub enum Origin {
     Outside,
 }
 
-/// Where a new connection comes from, and by which of the client's ports, in one word: BPF functions take five arguments.
+/// Where a new connection comes from, at which edge, and by which of the client's ports, in one word: BPF functions take five
+/// arguments.
 #[derive(Clone, Copy)]
-pub struct From(u32);
+pub struct From(u64);
 
 impl From {
-    /// `port_be` is the client's port, or any number that is the connection's own.
+    /// `edge` is the flow's ([`sheave_common::flow::FlowKey`]), `port_be` the client's port, or any number that is the
+    /// connection's own.
     #[inline(always)]
-    pub fn new(origin: Origin, port_be: u16) -> Self {
-        Self((origin as u32) << 16 | u32::from(port_be))
+    pub fn new(origin: Origin, edge: u32, port_be: u16) -> Self {
+        Self(u64::from(edge) << 32 | (origin as u64) << 16 | u64::from(port_be))
+    }
+
+    #[inline(always)]
+    fn edge(self) -> u32 {
+        (self.0 >> 32) as u32
     }
 
     #[inline(always)]
     fn is_inside(self) -> bool {
-        self.0 >> 16 == Origin::Inside as u32
+        self.0 as u32 >> 16 == Origin::Inside as u32
     }
 
     #[inline(always)]
     fn port_be(self) -> u16 {
         self.0 as u16
+    }
+}
+
+/// Whose affinity it is: a service port's for an edge, in one word as well.
+#[derive(Clone, Copy)]
+struct Whose(u64);
+
+impl Whose {
+    #[inline(always)]
+    fn new(service_id: u32, from: From) -> Self {
+        Self(u64::from(service_id) << 32 | u64::from(from.edge()))
+    }
+
+    #[inline(always)]
+    fn key<A: Family>(self, client: &A) -> AffinityKey<A> {
+        AffinityKey { service_id: (self.0 >> 32) as u32, edge: self.0 as u32, client: *client }
     }
 }
 
@@ -128,7 +151,7 @@ macro_rules! choices {
         $(
             #[unsafe(no_mangle)]
             #[inline(never)]
-            pub extern "C" fn $name(from: u32, now: u32) -> u32 {
+            pub extern "C" fn $name(from: u64, now: u32) -> u32 {
                 let Some(scratch) = scratch::<$address>() else { return DropReason::RewriteFailed as u32 };
                 // SAFETY: the scratch is this run's alone; `create` has filled the key, and uses neither meanwhile.
                 let (forward, choice) = unsafe { (&(*scratch).forward, &mut (*scratch).choice) };
@@ -168,13 +191,14 @@ fn choose_into<A: Family>(
         }
         let needed = if local { backend::flags::IN_LOCAL_SET } else { backend::flags::IN_CLUSTER_SET };
         let mut last = Last::NONE;
+        let whose = Whose::new(frontend.service_id, from);
         if frontend.affinity_seconds != 0 {
-            last = remembered::<A>(frontend.service_id, client);
+            last = remembered::<A>(whose, client);
             if last != Last::NONE
                 && features::elapsed(last.new_connection(), now) < frontend.affinity_seconds
                 && candidate(last.backend_id(), frontend.service_id, needed, choice) == Ok(true)
             {
-                remember(frontend.service_id, client, last.backend_id(), now);
+                remember(whose, client, last.backend_id(), now);
                 return Ok(());
             }
         }
@@ -187,7 +211,7 @@ fn choose_into<A: Family>(
         if frontend.affinity_seconds == 0 {
             return Ok(());
         }
-        let bound = bind(frontend.service_id, client, last, id, now);
+        let bound = bind(whose, client, last, id, now);
         if bound == id || candidate(bound, frontend.service_id, needed, choice)? {
             return Ok(());
         }
@@ -270,8 +294,8 @@ fn candidate<A: Family>(
 
 /// The client's last new connection, however long ago. A function of its own in the kernel too, for its stack.
 #[inline(never)]
-fn remembered<A: Family>(service_id: u32, client: &A) -> Last {
-    read::<A>(&AffinityKey { service_id, client: *client })
+fn remembered<A: Family>(whose: Whose, client: &A) -> Last {
+    read::<A>(&whose.key(client))
 }
 
 #[inline(always)]
@@ -284,8 +308,8 @@ fn read<A: Family>(key: &AffinityKey<A>) -> Last {
 /// Binds a client to a backend in place of what was `remembered` of it; returns the id of the one that it is bound to:
 /// another CPU may have been faster with another of its connections. A function of its own in the kernel too, for its stack.
 #[inline(never)]
-fn bind<A: Family>(service_id: u32, client: &A, last: Last, backend_id: u32, now: u32) -> u32 {
-    let key = AffinityKey { service_id, client: *client };
+fn bind<A: Family>(whose: Whose, client: &A, last: Last, backend_id: u32, now: u32) -> u32 {
+    let key = whose.key(client);
     let new = Affinity { backend_id, last_new_connection: now };
     if last == Last::NONE && A::insert_affinity(&key, &new, NOEXIST).is_ok() {
         return backend_id;
@@ -302,8 +326,8 @@ fn bind<A: Family>(service_id: u32, client: &A, last: Last, backend_id: u32, now
 
 /// Remembers a client's backend. A function of its own in the kernel too, for its stack.
 #[inline(never)]
-fn remember<A: Family>(service_id: u32, client: &A, backend_id: u32, now: u32) {
-    let key = AffinityKey { service_id, client: *client };
+fn remember<A: Family>(whose: Whose, client: &A, backend_id: u32, now: u32) {
+    let key = whose.key(client);
     // As in `bind`.
     let _ = A::insert_affinity(&key, &Affinity { backend_id, last_new_connection: now }, ANY);
 }

@@ -60,7 +60,7 @@ fn toward_backend<'a, A: Network>(
     let config = maps::config().ok_or(DropReason::RewriteFailed)?;
     let key = &packet.key;
     let client = &key.tuple.source;
-    balance::choose_for_packet::<A>(From::new(origin, key.tuple.source_port_be), now)?;
+    balance::choose_for_packet::<A>(From::new(origin, key.edge, key.tuple.source_port_be), now)?;
     let scratch = scratch::<A>().ok_or(DropReason::RewriteFailed)?;
     // SAFETY: the scratch is this run's alone, and `choose_for_packet` has filled this whenever it succeeds.
     let choice = unsafe { (*scratch).choice.assume_init_ref() };

@@ -99,7 +99,7 @@ impl Pins {
         let flows: Vec<_> = (0..FLOWS).map(|number| flow(10_000 + number)).collect();
         self.hash(names::CONNTRACK4, &flows)?;
         self.hash(names::HALF_OPEN4, &[flow(9_999)])?;
-        let client = AffinityKey { service_id: 7, client: address([198, 51, 100, 7]) };
+        let client = AffinityKey { service_id: 7, edge: 0, client: address([198, 51, 100, 7]) };
         self.hash(names::AFFINITY4, &[(client, Affinity { backend_id: 31, last_new_connection: 0 })])?;
         let mut counters: PerCpuArray<_, ServiceCounter> =
             PerCpuArray::try_from(Map::PerCpuArray(self.map(names::SERVICE_COUNTERS)?))?;

@@ -229,7 +229,7 @@ impl Network for Ipv4Address {
     }
 
     #[inline(always)]
-    fn choose(from: u32, now: u32) -> u32 {
+    fn choose(from: u64, now: u32) -> u32 {
         balance::choose4(from, now)
     }
 

@@ -293,7 +293,7 @@ impl Network for Ipv6Address {
     }
 
     #[inline(always)]
-    fn choose(from: u32, now: u32) -> u32 {
+    fn choose(from: u64, now: u32) -> u32 {
         balance::choose6(from, now)
     }
 

@@ -14,6 +14,7 @@ use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, 
 use aya_ebpf::programs::SockAddrContext;
 use sheave_common::backend::flags as backend_flags;
 use sheave_common::config::{Config, flags as config_flags};
+use sheave_common::flow::EDGE_UPLINK;
 use sheave_common::frontend::{FrontendKey, flags};
 use sheave_common::socket::{SocketKey, SocketPeer};
 use sheave_common::{DropReason, PROTOCOL_TCP, PROTOCOL_UDP};
@@ -224,7 +225,7 @@ fn balance<F: Form>(call: &Call<'_, F>, request: Request) -> i32 {
     let client = if call.host { F::Address::node(call.config) } else { F::Address::of_namespace(call.namespace) };
     let mut choice = MaybeUninit::uninit();
     // A socket has no port yet; its cookie is as good a number of its own.
-    let from = From::new(Origin::Inside, call.cookie as u16);
+    let from = From::new(Origin::Inside, EDGE_UPLINK, call.cookie as u16);
     let choice = match balance::choose(&key, from, &client, features::now(), &mut choice) {
         // SAFETY: `choose` fills it whenever it succeeds.
         Ok(()) => unsafe { choice.assume_init_ref() },

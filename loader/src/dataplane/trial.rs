@@ -186,8 +186,8 @@ impl Trial {
 
         // What there is about this packet.
         let tuple = Tuple { source, destination, source_port_be, destination_port_be };
-        let keys = [if inside { self.index } else { EDGE_UPLINK }, EDGE_BYPASS]
-            .map(|edge| FlowKey::new(tuple, self.protocol, edge));
+        let edge = if inside { self.index } else { EDGE_UPLINK };
+        let keys = [edge, EDGE_BYPASS].map(|edge| FlowKey::new(tuple, self.protocol, edge));
         for (name, map) in [(conntrack, &family.conntrack), (half_open, &family.half_open)] {
             for key in keys {
                 let Some(flow) = map.get(&key)? else { continue };
@@ -198,7 +198,7 @@ impl Trial {
                 }
             }
         }
-        let client = AffinityKey { service_id, client: source };
+        let client = AffinityKey { service_id, edge, client: source };
         let known: Option<Affinity> = family.affinity.get(&client)?;
         if let Some(known) = known {
             copy.insert(affinity, &client, &known)?;

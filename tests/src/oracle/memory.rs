@@ -4,15 +4,15 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
-use super::answer::{Answer, Oracle, Packet, Protocol, Source};
+use super::answer::{Answer, Edge, Oracle, Packet, Protocol, Source};
 use super::frontends::ServicePortKey;
 use super::real::Passage;
 
 /// What is remembered.
 #[derive(Debug, Default)]
 pub(super) struct Memory {
-    /// By client and service port, whichever address and source port it used.
-    affinity: BTreeMap<(IpAddr, ServicePortKey), SocketAddr>,
+    /// By client, where it is, and service port, whichever address and source port it used.
+    affinity: BTreeMap<(Edge, IpAddr, ServicePortKey), SocketAddr>,
     datagrams: Vec<Flow>,
     open: Vec<Flow>,
 }
@@ -45,7 +45,7 @@ impl Memory {
         if !oracle.has_affinity(service_port) {
             return answer;
         }
-        let bound = self.affinity.get(&(packet.source.ip(), service_port.clone()));
+        let bound = self.affinity.get(&(packet.edge, packet.source.ip(), service_port.clone()));
         match bound.and_then(|endpoint| choices.get_key_value(endpoint)) {
             Some((endpoint, source)) => Answer::Translated(BTreeMap::from([(*endpoint, *source)])),
             // Not bound, or to an endpoint that this packet can't reach: a fresh choice.
@@ -71,7 +71,7 @@ impl Memory {
     pub(super) fn began(&mut self, oracle: &Oracle, packet: &Packet, passage: &Passage) {
         let Some(service_port) = oracle.service_port(packet) else { return };
         if oracle.has_affinity(service_port) {
-            self.affinity.insert((packet.source.ip(), service_port.clone()), passage.to);
+            self.affinity.insert((packet.edge, packet.source.ip(), service_port.clone()), passage.to);
         }
         if packet.protocol == Protocol::Udp {
             self.datagrams.push(flow(packet, service_port, passage));
@@ -89,7 +89,7 @@ impl Memory {
     pub(super) fn changed(&mut self, oracle: &Oracle) {
         // Flows of a Service that is gone are forgotten by and by.
         self.open.retain(|flow| oracle.service_port(&flow.packet) == Some(&flow.service_port));
-        self.affinity.retain(|(_, service_port), endpoint| {
+        self.affinity.retain(|(_, _, service_port), endpoint| {
             oracle.has_affinity(service_port) && oracle.is_usable(service_port, *endpoint)
         });
     }

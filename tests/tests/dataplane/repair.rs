@@ -58,7 +58,7 @@ fn a_service_id_is_used_again_only_after_its_flows_and_affinity_entries_are_swep
             insert_flow(&bench, "conntrack4", 0, service_id);
         }
         let mut affinity = hash::<AffinityKey<Ipv4Address>, Affinity>(&bench.pin("affinity4"));
-        let client = AffinityKey { service_id: gone, client: Ipv4Address { octets: [10, 0, 0, 1] } };
+        let client = AffinityKey { service_id: gone, edge: 0, client: Ipv4Address { octets: [10, 0, 0, 1] } };
         affinity.insert(client, Affinity { backend_id: 1, last_new_connection: 1 }, 0).expect("inserted");
         let changed = BTreeMap::from([(name("db"), None), (name("late"), Some(service(3, &[1])))]);
         let applied = dataplane.apply(changed);

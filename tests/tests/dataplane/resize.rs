@@ -35,7 +35,7 @@ fn size(bench: &Bench, map: &str) -> u32 {
 }
 
 fn insert_affinity(bench: &Bench, last_octet: u8) {
-    let key = AffinityKey { service_id: 1, client: Ipv4Address { octets: [10, 0, 0, last_octet] } };
+    let key = AffinityKey { service_id: 1, edge: 0, client: Ipv4Address { octets: [10, 0, 0, last_octet] } };
     let value = Affinity { backend_id: 1, last_new_connection: 1 };
     hash::<AffinityKey<Ipv4Address>, Affinity>(&bench.pin("affinity4")).insert(key, value, 0).expect("inserted");
 }

@@ -109,8 +109,8 @@ macro_rules! layouts {
 layouts! {
     V4 { octets };
     V6 { octets };
-    AffinityKey<V4> { service_id, client };
-    AffinityKey<V6> { service_id, client };
+    AffinityKey<V4> { service_id, edge, client };
+    AffinityKey<V6> { service_id, edge, client };
     Affinity { backend_id, last_new_connection };
     Backend<V4> { version, service_id, address, port_be, weight, flags, reserved };
     Backend<V6> { version, service_id, address, port_be, weight, flags, reserved };

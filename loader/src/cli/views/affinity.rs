@@ -13,6 +13,8 @@ pub(super) struct AffinityRow {
     service: String,
     protocol: String,
     client: IpAddr,
+    /// A client of one edge is not that of another, whatever its address.
+    edge: String,
     backend: Option<SocketAddr>,
     backend_id: u32,
     /// 0: the next connection chooses afresh.
@@ -27,7 +29,7 @@ pub(super) fn rows(snapshot: &Snapshot) -> Vec<AffinityRow> {
     }
     let mut entries: Vec<_> = snapshot.affinities.iter().collect();
     entries.sort_by_cached_key(|entry| {
-        (snapshot.service(entry.service_id), snapshot.protocol(entry.service_id), entry.client)
+        (snapshot.service(entry.service_id), snapshot.protocol(entry.service_id), entry.client, entry.edge)
     });
     entries
         .into_iter()
@@ -39,6 +41,7 @@ pub(super) fn rows(snapshot: &Snapshot) -> Vec<AffinityRow> {
                 service: snapshot.service(entry.service_id),
                 protocol: snapshot.protocol(entry.service_id).map(protocol_name).unwrap_or_default(),
                 client: entry.client,
+                edge: snapshot.edge(entry.edge),
                 backend,
                 backend_id: entry.backend_id,
                 seconds_left: if backend.is_some() { left } else { 0 },
@@ -49,7 +52,7 @@ pub(super) fn rows(snapshot: &Snapshot) -> Vec<AffinityRow> {
 
 impl Row for AffinityRow {
     fn titles(&self) -> Vec<&'static str> {
-        vec!["SERVICE", "PROTOCOL", "CLIENT", "BACKEND", "SECONDS LEFT"]
+        vec!["SERVICE", "PROTOCOL", "CLIENT", "EDGE", "BACKEND", "SECONDS LEFT"]
     }
 
     fn cells(&self) -> Vec<String> {
@@ -57,6 +60,7 @@ impl Row for AffinityRow {
             self.service.clone(),
             self.protocol.clone(),
             self.client.to_string(),
+            self.edge.clone(),
             self.backend.map_or_else(|| format!("{} (gone)", self.backend_id), |address| address.to_string()),
             if self.seconds_left == 0 { "expired".to_owned() } else { self.seconds_left.to_string() },
         ]

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
-use sheave_common::flow::{EDGE_BYPASS, EDGE_UPLINK, flags, phase};
+use sheave_common::flow::{flags, phase};
 
 use super::Row;
 use super::snapshot::{Flow, Snapshot, protocol_name};
@@ -74,11 +74,7 @@ fn row(snapshot: &Snapshot, flow: &Flow) -> FlowRow {
         rewritten_destination: flow.rewritten_destination,
         backend: snapshot.backends.get(&flow.backend_id).map(|backend| backend.address),
         backend_id: flow.backend_id,
-        edge: match flow.edge {
-            EDGE_UPLINK => "uplink".to_owned(),
-            EDGE_BYPASS => "bypass".to_owned(),
-            index => snapshot.interfaces.get(&index).cloned().unwrap_or_else(|| format!("interface {index} (gone)")),
-        },
+        edge: snapshot.edge(flow.edge),
         redirect: flow.flags & flags::REDIRECT != 0,
         hairpin: flow.flags & flags::HAIRPIN != 0,
     }

@@ -79,7 +79,9 @@ fn snapshot(maps: &PinnedMaps, wanted: Wanted) -> Result<Snapshot, MapError> {
     };
     let (frontends, backends) = if wanted.frontends { services(maps)? } else { (Vec::new(), backends(maps)?) };
     let flows = if wanted.flows { flows(maps)? } else { Vec::new() };
-    let edges: BTreeSet<u32> = flows.iter().map(|flow| flow.edge).filter(|edge| *edge != EDGE_UPLINK).collect();
+    let affinities = if wanted.affinity { affinities(maps)? } else { Vec::new() };
+    let edges = flows.iter().map(|flow| flow.edge).chain(affinities.iter().map(|affinity| affinity.edge));
+    let edges: BTreeSet<u32> = edges.filter(|edge| *edge != EDGE_UPLINK).collect();
     Ok(Snapshot {
         frontends,
         backends,
@@ -88,7 +90,7 @@ fn snapshot(maps: &PinnedMaps, wanted: Wanted) -> Result<Snapshot, MapError> {
         counters: wanted.counters.then(|| counters(maps)).transpose()?,
         interfaces: edges.into_iter().filter_map(|index| Some((index, interface_name(index)?))).collect(),
         flows,
-        affinities: if wanted.affinity { affinities(maps)? } else { Vec::new() },
+        affinities,
         timeouts: maps.config()?.map_or(Timeouts::DEFAULT, |config| config.timeouts),
         now: monotonic_seconds(),
     })
@@ -203,7 +205,8 @@ fn flows(maps: &PinnedMaps) -> Result<Vec<Flow>, MapError> {
 fn affinities(maps: &PinnedMaps) -> Result<Vec<Affinity>, MapError> {
     fn plain<A: Family>((key, value): (AffinityKey<A>, AffinityValue)) -> Affinity {
         let AffinityValue { backend_id, last_new_connection } = value;
-        Affinity { service_id: key.service_id, client: key.client.ip(), backend_id, last_new_connection }
+        let AffinityKey { service_id, edge, client } = key;
+        Affinity { service_id, client: client.ip(), edge, backend_id, last_new_connection }
     }
     let mut affinities: Vec<Affinity> = maps.affinity4()?.into_iter().map(plain).collect();
     affinities.extend(maps.affinity6()?.into_iter().map(plain));

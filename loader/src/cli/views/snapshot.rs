@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
 use sheave_common::config::Timeouts;
+use sheave_common::flow::{EDGE_BYPASS, EDGE_UPLINK};
 
 use crate::model::desired::Protocol;
 use crate::model::network::Network;
@@ -26,7 +27,7 @@ pub(super) struct Snapshot {
     pub(super) flows: Vec<Flow>,
     /// Affinity entries.
     pub(super) affinities: Vec<Affinity>,
-    /// ifindex → name, for the edges of `flows`.
+    /// ifindex → name, for the edges of `flows` and `affinities`.
     pub(super) interfaces: BTreeMap<u32, String>,
     /// When flows expire.
     pub(super) timeouts: Timeouts,
@@ -96,6 +97,7 @@ pub(super) struct Flow {
 pub(super) struct Affinity {
     pub(super) service_id: u32,
     pub(super) client: IpAddr,
+    pub(super) edge: u32,
     pub(super) backend_id: u32,
     pub(super) last_new_connection: u32,
 }
@@ -104,6 +106,15 @@ impl Snapshot {
     /// A service port's name; its id if it has none (it is being written or removed just now).
     pub(super) fn service(&self, id: u32) -> String {
         self.names.get(&id).map_or_else(|| format!("(service {id})"), |(name, _)| name.clone())
+    }
+
+    /// What people call an edge, as in the keys of flows and affinities.
+    pub(super) fn edge(&self, edge: u32) -> String {
+        match edge {
+            EDGE_UPLINK => "uplink".to_owned(),
+            EDGE_BYPASS => "bypass".to_owned(),
+            index => self.interfaces.get(&index).cloned().unwrap_or_else(|| format!("interface {index} (gone)")),
+        }
     }
 
     /// A service port's protocol, for those that have a name.

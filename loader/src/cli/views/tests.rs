@@ -58,9 +58,27 @@ fn maps() -> Snapshot {
         counters: None,
         flows: flows(),
         affinities: vec![
-            Affinity { service_id: 7, client: "10.244.0.9".parse().unwrap(), backend_id: 12, last_new_connection: 400 },
-            Affinity { service_id: 7, client: "10.244.0.10".parse().unwrap(), backend_id: 3, last_new_connection: 950 },
-            Affinity { service_id: 7, client: "10.244.0.11".parse().unwrap(), backend_id: 2, last_new_connection: 999 },
+            Affinity {
+                service_id: 7,
+                client: "10.244.0.9".parse().unwrap(),
+                edge: 17,
+                backend_id: 12,
+                last_new_connection: 400,
+            },
+            Affinity {
+                service_id: 7,
+                client: "10.244.0.10".parse().unwrap(),
+                edge: 18,
+                backend_id: 3,
+                last_new_connection: 950,
+            },
+            Affinity {
+                service_id: 7,
+                client: "10.244.0.11".parse().unwrap(),
+                edge: 0,
+                backend_id: 2,
+                last_new_connection: 999,
+            },
         ],
         interfaces: BTreeMap::from([(17, "veth17".to_owned())]),
         timeouts: Timeouts::DEFAULT,
@@ -290,10 +308,10 @@ fn states_have_names_and_expire_by_them() {
 #[test]
 fn affinity_as_a_table_and_as_json() {
     let expected = "\
-SERVICE           PROTOCOL  CLIENT       BACKEND           SECONDS LEFT
-default/web:http  TCP       10.244.0.9   10.244.0.12:8080  expired
-default/web:http  TCP       10.244.0.10  10.244.0.5:8080   550
-default/web:http  TCP       10.244.0.11  2 (gone)          expired
+SERVICE           PROTOCOL  CLIENT       EDGE                 BACKEND           SECONDS LEFT
+default/web:http  TCP       10.244.0.9   veth17               10.244.0.12:8080  expired
+default/web:http  TCP       10.244.0.10  interface 18 (gone)  10.244.0.5:8080   550
+default/web:http  TCP       10.244.0.11  uplink               2 (gone)          expired
 ";
     let rows = affinity::rows(&maps());
     assert_eq!(table::render(&rows, false), expected);
@@ -302,6 +320,7 @@ default/web:http  TCP       10.244.0.11  2 (gone)          expired
     "service": "default/web:http",
     "protocol": "TCP",
     "client": "10.244.0.10",
+    "edge": "interface 18 (gone)",
     "backend": "10.244.0.5:8080",
     "backend_id": 3,
     "seconds_left": 550
