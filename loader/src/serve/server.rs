@@ -1,11 +1,11 @@
 //! The HTTP servers that all of Sheave's answers go through: small answers to short requests, and nobody who holds many
 //! connections, or sends slowly, can use this process up.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,8 +18,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{Domain, Socket, Type};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tracing::{info, warn};
 
 pub(super) type Request = http::Request<Incoming>;
@@ -29,7 +28,8 @@ pub(super) type Answer = Response<Full<Bytes>>;
 pub(super) const RETRY: Duration = Duration::from_secs(2);
 /// How long a client may take to send a request, and may keep a connection without one.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-/// Connections of one server at a time; more wait to be accepted.
+/// Connections of one server at a time; for more, the oldest go. Whoever sends a request at once has its answer by then, so
+/// it is those who only hold a connection that lose it.
 const CONNECTIONS: usize = 128;
 const BACKLOG: i32 = 128;
 /// The pause after a connection could not be accepted, which is mostly for want of file descriptors.
@@ -105,10 +105,10 @@ where
     F: Fn(Request) -> A + Clone + Send + 'static,
     A: Future<Output = Answer> + Send,
 {
-    let room = Arc::new(Semaphore::new(CONNECTIONS));
     let mut connections = JoinSet::new();
+    // The oldest first.
+    let mut open: VecDeque<AbortHandle> = VecDeque::with_capacity(CONNECTIONS);
     loop {
-        let permit = Arc::clone(&room).acquire_owned().await;
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             Some(_) = connections.join_next() => continue,
@@ -120,9 +120,14 @@ where
                 continue;
             }
         };
+        open.retain(|connection| !connection.is_finished());
+        if open.len() == CONNECTIONS
+            && let Some(oldest) = open.pop_front()
+        {
+            oldest.abort();
+        }
         let answer = answer.clone();
-        connections.spawn(async move {
-            let _permit = permit;
+        open.push_back(connections.spawn(async move {
             let service = service_fn(move |request| {
                 let answer = answer(request);
                 async move { Ok::<_, Infallible>(answer.await) }
@@ -131,7 +136,7 @@ where
             http.timer(TokioTimer::new()).header_read_timeout(REQUEST_TIMEOUT);
             // How a client ends its connection is its own affair.
             let _ = http.serve_connection(TokioIo::new(stream), service).await;
-        });
+        }));
     }
 }
 
