@@ -28,8 +28,8 @@ pub struct RunConfig {
     pub interfaces: InterfaceRules,
     /// Which node addresses serve nodePorts.
     pub nodeport_addresses: NodePortAddresses,
-    /// Whether spec.externalIPs are frontends.
-    pub external_ips: bool,
+    /// Which of spec.externalIPs are frontends.
+    pub external_ips: ExternalIps,
     /// How backends are chosen where a Service does not say.
     pub algorithm: Algorithm,
     /// Source of a pod's packets to itself.
@@ -152,6 +152,17 @@ pub enum NodePortAddresses {
     All,
 }
 
+/// Which of spec.externalIPs Services may have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ExternalIps {
+    /// None.
+    None,
+    /// Those in one of these networks: (address, prefix length).
+    Networks(Vec<(std::net::IpAddr, u8)>),
+    /// All.
+    All,
+}
+
 /// Maximum entries of the maps that grow with the cluster or with traffic. `None`: those of the map that is pinned, or else
 /// what this machine's memory allows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -198,7 +209,7 @@ impl RunConfig {
             xdp: XdpMode::Auto,
             interfaces: InterfaceRules::default(),
             nodeport_addresses: NodePortAddresses::Primary,
-            external_ips: true,
+            external_ips: ExternalIps::All,
             algorithm: Algorithm::Random,
             hairpin4: Ipv4Addr::new(169, 254, 42, 1),
             hairpin6: Ipv6Addr::new(0xfd53, 0x6865, 0x6176, 0x6500, 0, 0, 0, 1),

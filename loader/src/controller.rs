@@ -197,7 +197,7 @@ impl Controller {
     ) -> Self {
         let options = ModelOptions {
             node_name: config.node_name.clone(),
-            external_ips: config.external_ips,
+            external_ips: config.external_ips.clone(),
             nodeport_addresses: config.nodeport_addresses.clone(),
             algorithm: config.algorithm,
         };

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use sheave::config::NodePortAddresses;
+use sheave::config::{ExternalIps, NodePortAddresses};
 use sheave::model::desired::Algorithm;
 use sheave::model::{Change, Model, ModelOptions};
 use sheave::source::{SourceError, SourceEvent};
@@ -82,7 +82,7 @@ impl Follower {
         let (sender, receiver) = mpsc::channel(16);
         let options = ModelOptions {
             node_name: HERE.to_owned(),
-            external_ips: true,
+            external_ips: ExternalIps::All,
             nodeport_addresses: NodePortAddresses::Primary,
             algorithm: Algorithm::Random,
         };

@@ -245,14 +245,16 @@ fn node_ports_are_served_on_the_addresses_that_the_operator_names() -> Result<()
 /// Whoever may create Services could take over any address.
 #[test]
 fn external_ips_are_served_unless_the_operator_turned_them_off() -> Result<()> {
-    for external in ["true", "false"] {
+    for (external, served) in
+        [("true", true), ("false", false), ("192.0.2.0/24", true), ("198.51.100.0/24,fd00::/8", false)]
+    {
         let scenario = start(&["--external-ips", external])?;
         let pods: &[&Pod] = &[scenario.pod(1, 2), scenario.pod(2, 1)];
         let spec = json!({"clusterIP": WEB, "externalIPs": [SHARED], "ports": [{"port": 80}]});
         scenario.put("web", &spec, &[web_slice(pods)])?;
         let [outside, asks] = [&scenario.cluster.client, &scenario.pod(1, 1).namespace];
         scenario.until_answered(asks, at(WEB, 80), pods)?;
-        if external == "true" {
+        if served {
             for client in [outside, asks] {
                 scenario.until_answered(client, at(SHARED, 80), pods)?;
             }

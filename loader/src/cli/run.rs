@@ -4,14 +4,14 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgAction, Args};
+use clap::Args;
 use sheave_common::config::Timeouts;
 
 use super::values::{Drain, Period};
 use super::{CliError, PinArgs, values};
 use crate::config::{
-    BindAddresses, Bypass, ConnectMode, DrainForeign, InterfaceRules, MapSizes, NodePortAddresses, RunConfig,
-    SourceConfig, XdpMode,
+    BindAddresses, Bypass, ConnectMode, DrainForeign, ExternalIps, InterfaceRules, MapSizes, NodePortAddresses,
+    RunConfig, SourceConfig, XdpMode,
 };
 use crate::model::desired::Algorithm;
 
@@ -41,17 +41,18 @@ pub struct RunArgs {
         value_parser = values::nodeport_addresses
     )]
     nodeport_addresses: NodePortAddresses,
-    /// Whether spec.externalIPs are frontends.
+    /// Which of spec.externalIPs are frontends: true (all), false (none), or those in networks. Who may write Services may
+    /// otherwise take any address over, and read what is sent there (CVE-2020-8554).
     #[arg(
         long,
         env = "SHEAVE_EXTERNAL_IPS",
-        value_name = "BOOL",
-        default_value_t = true,
-        action = ArgAction::Set,
+        value_name = "BOOL|CIDR,…",
+        default_value = "true",
         num_args = 0..=1,
-        default_missing_value = "true"
+        default_missing_value = "true",
+        value_parser = values::external_ips
     )]
-    external_ips: bool,
+    external_ips: ExternalIps,
     /// How a backend is chosen for a new connection: random, round-robin, maglev, least-connections. A Service's annotation
     /// sheave.dev/algorithm goes before it.
     #[arg(long, env = "SHEAVE_ALGORITHM", value_name = "NAME", default_value = "random", value_parser = values::algorithm)]
@@ -279,7 +280,7 @@ impl RunArgs {
                 ignored: self.interfaces.ignore_interfaces.clone(),
             },
             nodeport_addresses: self.nodeport_addresses.clone(),
-            external_ips: self.external_ips,
+            external_ips: self.external_ips.clone(),
             algorithm: self.algorithm,
             hairpin4: self.hairpin_ipv4,
             hairpin6: self.hairpin_ipv6,

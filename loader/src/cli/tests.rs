@@ -7,7 +7,9 @@ use std::time::Duration;
 use clap::{CommandFactory, Parser};
 
 use super::{Cli, CliError, Command, completions, manual};
-use crate::config::{Bypass, ConnectMode, DrainForeign, NodePortAddresses, RunConfig, SourceConfig, XdpMode};
+use crate::config::{
+    Bypass, ConnectMode, DrainForeign, ExternalIps, NodePortAddresses, RunConfig, SourceConfig, XdpMode,
+};
 
 fn run(flags: &[&str]) -> Result<RunConfig, CliError> {
     let cli = Cli::parse_from(["sheave", "run", "--node-name", "node-1"].iter().chain(flags));
@@ -98,7 +100,7 @@ fn flags_reach_the_configuration() {
     assert_eq!(config.interfaces.ignored, ["docker0"]);
     let networks: Vec<(IpAddr, u8)> = vec![("10.0.0.0".parse().unwrap(), 8), ("fd00::".parse().unwrap(), 8)];
     assert_eq!(config.nodeport_addresses, NodePortAddresses::Networks(networks));
-    assert!(!config.external_ips);
+    assert_eq!(config.external_ips, ExternalIps::None);
     assert_eq!((config.drain_foreign, config.drain), (DrainForeign::On, Some(Duration::from_secs(600))));
     assert_eq!(config.bypass_netfilter, Bypass::Force);
     assert_eq!(config.hairpin4.to_string(), "169.254.1.1");
@@ -128,6 +130,7 @@ fn bad_values_name_the_flag_and_the_remedy() {
         ("--timeout-syn=5w", "5m"),
         ("--nodeport-addresses=10.0.0.0/33", "10.0.0.0/33"),
         ("--nodeport-addresses=10.0.0.1", "no network"),
+        ("--external-ips=192.0.2.1", "true, false, or networks"),
         ("--max-conntrack=0", "not in 2.."),
         ("--healthz-bind-address=10256", "0.0.0.0:10256"),
         ("--health-timeout=never", "at least one second"),

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use crate::config::{BindAddresses, Bypass, ConnectMode, DrainForeign, NodePortAddresses, XdpMode};
+use crate::config::{BindAddresses, Bypass, ConnectMode, DrainForeign, ExternalIps, NodePortAddresses, XdpMode};
 use crate::model::desired::Algorithm;
 
 /// How long `--drain` waits if nothing else is said.
@@ -76,12 +76,25 @@ pub(super) fn nodeport_addresses(text: &str) -> Result<NodePortAddresses, String
     match text {
         "primary" => Ok(NodePortAddresses::Primary),
         "all" => Ok(NodePortAddresses::All),
-        networks => networks.split(',').map(network).collect::<Result<_, _>>().map(NodePortAddresses::Networks),
+        list => networks(list, "primary, all").map(NodePortAddresses::Networks),
     }
 }
 
-fn network(text: &str) -> Result<(IpAddr, u8), String> {
-    let remedy = || format!("`{text}` is no network: write primary, all, or networks like 192.168.0.0/16,fd00::/8");
+pub(super) fn external_ips(text: &str) -> Result<ExternalIps, String> {
+    match text {
+        "true" => Ok(ExternalIps::All),
+        "false" => Ok(ExternalIps::None),
+        list => networks(list, "true, false").map(ExternalIps::Networks),
+    }
+}
+
+/// A list of networks; `others` is what might be written instead.
+fn networks(text: &str, others: &str) -> Result<Vec<(IpAddr, u8)>, String> {
+    text.split(',').map(|text| network(text, others)).collect()
+}
+
+fn network(text: &str, others: &str) -> Result<(IpAddr, u8), String> {
+    let remedy = || format!("`{text}` is no network: write {others}, or networks like 192.168.0.0/16,fd00::/8");
     let (address, length) = text.trim().split_once('/').ok_or_else(remedy)?;
     let address: IpAddr = address.parse().map_err(|_| remedy())?;
     let length: u8 = length.parse().map_err(|_| remedy())?;

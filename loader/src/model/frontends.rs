@@ -7,14 +7,14 @@ use sheave_common::frontend::flags;
 
 use super::desired::Protocol;
 use super::objects::{Family, Port, Service, ServiceType};
-use crate::config::NodePortAddresses;
+use crate::config::{ExternalIps, NodePortAddresses};
 
 /// Frontends of one port: address, port and bits of [`flags`]. Sorted, each address and port once.
 pub(super) type Frontends = Box<[(SocketAddr, u32)]>;
 
 /// What a Service asks for, port by port in the order of spec.ports. Empty if it isn't balanced. Of two ports of one
 /// Service that ask for the same frontend, the first has it.
-pub(super) fn of_service(service: &Service, external_ips: bool, node: &BTreeSet<IpAddr>) -> Box<[Frontends]> {
+pub(super) fn of_service(service: &Service, external_ips: &ExternalIps, node: &BTreeSet<IpAddr>) -> Box<[Frontends]> {
     if !service.is_balanced() {
         return Box::default();
     }
@@ -28,7 +28,12 @@ pub(super) fn of_service(service: &Service, external_ips: bool, node: &BTreeSet<
     ports.into()
 }
 
-fn of_port(service: &Service, port: &Port, external_ips: bool, node: &BTreeSet<IpAddr>) -> BTreeMap<SocketAddr, u32> {
+fn of_port(
+    service: &Service,
+    port: &Port,
+    external_ips: &ExternalIps,
+    node: &BTreeSet<IpAddr>,
+) -> BTreeMap<SocketAddr, u32> {
     let internal = if service.internal_local { flags::INTERNAL_LOCAL | flags::EXTERNAL_LOCAL } else { 0 };
     let external = if service.external_local { flags::EXTERNAL_LOCAL } else { 0 };
     let guard = if service.source_ranges.is_some() { flags::SOURCE_RANGES } else { 0 };
@@ -42,10 +47,8 @@ fn of_port(service: &Service, port: &Port, external_ips: bool, node: &BTreeSet<I
     for address in &service.cluster_ips {
         add(*address, port.port, flags::CLUSTER_IP | internal);
     }
-    if external_ips {
-        for address in &service.external_ips {
-            add(*address, port.port, flags::EXTERNAL_IP | external);
-        }
+    for address in service.external_ips.iter().filter(|address| may_serve(external_ips, **address)) {
+        add(*address, port.port, flags::EXTERNAL_IP | external);
     }
     // The ranges guard an address and port once it is a load-balancer IP's, also where it is an external IP's or a node's
     // as well: kube-proxy's check knows the destination alone.
@@ -65,6 +68,15 @@ fn of_port(service: &Service, port: &Port, external_ips: bool, node: &BTreeSet<I
         }
     }
     frontends
+}
+
+/// Whether the operator lets Services have this external IP.
+fn may_serve(rule: &ExternalIps, address: IpAddr) -> bool {
+    match rule {
+        ExternalIps::All => true,
+        ExternalIps::None => false,
+        ExternalIps::Networks(networks) => networks.iter().any(|network| contains(*network, address)),
+    }
 }
 
 /// Where processes of this host reach every nodePort, whatever the nodePort addresses are.

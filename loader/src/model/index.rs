@@ -15,15 +15,15 @@ use super::health_check::{self, HealthCheck};
 use super::network::Network;
 use super::objects::{EndpointSlice, Family, Node, Problem, Service, ServiceCidr, SliceKey};
 use super::topology::Topology;
-use crate::config::NodePortAddresses;
+use crate::config::{ExternalIps, NodePortAddresses};
 
 /// What the model needs to know besides objects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelOptions {
     /// Name of this node.
     pub node_name: String,
-    /// Whether spec.externalIPs are frontends.
-    pub external_ips: bool,
+    /// Which of spec.externalIPs are frontends.
+    pub external_ips: ExternalIps,
     /// Which node addresses serve nodePorts.
     pub nodeport_addresses: NodePortAddresses,
     /// How backends are chosen where a Service does not say.
@@ -233,7 +233,7 @@ impl Model {
         let known = old.as_ref().map_or(&[][..], |old| &old.service.problems);
         self.problems += log_problems("Service", &service.key, known, &service.problems);
         dirty.insert(service.key.clone());
-        let frontends = frontends::of_service(&service, self.options.external_ips, &self.node_addresses);
+        let frontends = frontends::of_service(&service, &self.options.external_ips, &self.node_addresses);
         let new = Entry { service, frontends };
         self.move_claims(old.as_deref(), Some(&new), dirty);
         self.services.insert(new.service.key.clone(), Box::new(new));
@@ -365,7 +365,7 @@ impl Model {
         self.node_addresses = addresses;
         let mut services = std::mem::take(&mut self.services);
         for (key, entry) in &mut services {
-            let frontends = frontends::of_service(&entry.service, self.options.external_ips, &self.node_addresses);
+            let frontends = frontends::of_service(&entry.service, &self.options.external_ips, &self.node_addresses);
             if frontends == entry.frontends {
                 continue;
             }

@@ -204,7 +204,7 @@ fn lacks_local(port: &ServicePort, policy: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::NodePortAddresses;
+    use crate::config::{ExternalIps, NodePortAddresses};
     use crate::model::ModelOptions;
     use crate::model::desired::Algorithm;
     use crate::model::desired::{Endpoint, Protocol};
@@ -307,7 +307,7 @@ mod tests {
         let nodeport_addresses = NodePortAddresses::Primary;
         let mut model = Model::new(ModelOptions {
             node_name,
-            external_ips: true,
+            external_ips: ExternalIps::All,
             nodeport_addresses,
             algorithm: Algorithm::Random,
         });

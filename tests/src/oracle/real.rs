@@ -10,7 +10,9 @@ use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use sheave::config::{ConnectMode, DrainForeign, MapSizes, NodePortAddresses, RunConfig, SourceConfig, XdpMode};
+use sheave::config::{
+    ConnectMode, DrainForeign, ExternalIps, MapSizes, NodePortAddresses, RunConfig, SourceConfig, XdpMode,
+};
 use sheave::dataplane::{self, Applied, Dataplane};
 use sheave::interfaces::{Interface, Role};
 use sheave::model::desired::{ServiceKey, ServicePort, ServicePortName};
@@ -102,7 +104,7 @@ impl Sheave {
         let programs = Programs::load_pinned(&config.pin_path).expect("the programs load on the same maps");
         let mut model = Model::new(ModelOptions {
             node_name: config.node_name.clone(),
-            external_ips: config.external_ips,
+            external_ips: config.external_ips.clone(),
             nodeport_addresses: config.nodeport_addresses.clone(),
             algorithm: config.algorithm,
         });
@@ -260,7 +262,7 @@ fn config(options: &Options) -> RunConfig {
     config.xdp = XdpMode::Native;
     // As the controller would find out.
     config.drain_foreign = DrainForeign::Off;
-    config.external_ips = options.external_ips;
+    config.external_ips = if options.external_ips { ExternalIps::All } else { ExternalIps::None };
     config.nodeport_addresses = match options.node_ports {
         NodePorts::Primary => NodePortAddresses::Primary,
         NodePorts::All => NodePortAddresses::All,

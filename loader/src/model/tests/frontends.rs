@@ -8,7 +8,7 @@ use sheave_common::frontend::flags::{
 
 use super::super::{Change, desired};
 use super::{Cluster, key, keys};
-use crate::config::NodePortAddresses;
+use crate::config::{ExternalIps, NodePortAddresses};
 
 fn served(cluster: &Cluster, expected: &[(&str, u32)]) {
     let expected = expected.iter().map(|(text, flags)| ((*text).to_owned(), *flags)).collect();
@@ -99,7 +99,7 @@ fn node_port_addresses_can_be_networks_or_all_and_follow_the_interfaces() {
         (NodePortAddresses::All, &["10.0.0.1:30080", "127.0.0.1:30080", "192.168.1.1:30080"]),
     ];
     for (rule, expected) in cases {
-        let mut cluster = Cluster::with(true, rule);
+        let mut cluster = Cluster::with(ExternalIps::All, rule);
         cluster.node(&[], NODE);
         cluster.web("{type: NodePort, clusterIP: 10.96.0.10, ports: [{port: 80, nodePort: 30080}]}");
         cluster.service("other", "spec: {clusterIP: 10.96.0.11, ports: [{port: 80}]}");
@@ -221,14 +221,26 @@ fn changing_the_type_removes_what_the_old_type_served() {
 }
 
 #[test]
-fn external_ips_are_served_unless_the_operator_turned_them_off() {
-    for allowed in [true, false] {
+fn external_ips_are_served_as_far_as_the_operator_lets_them() {
+    let network = |text: &str| {
+        let (address, length) = text.split_once('/').expect("a network");
+        (address.parse().expect("an address"), length.parse().expect("a length"))
+    };
+    let networks = |texts: &[&str]| ExternalIps::Networks(texts.iter().map(|text| network(text)).collect());
+    let [near, far] = ["192.0.2.9:80", "[2001:db8::9]:80"];
+    for (allowed, served_there) in [
+        (ExternalIps::All, [near, far].as_slice()),
+        (ExternalIps::None, &[]),
+        (networks(&["192.0.2.8/30"]), &[near]),
+        (networks(&["192.0.2.0/32", "2001:db8::/64"]), &[far]),
+    ] {
         let mut cluster = Cluster::with(allowed, NodePortAddresses::Primary);
-        cluster.web("{clusterIP: 10.96.0.10, externalIPs: [192.0.2.9], ports: [{port: 80}]}");
-        let mut expected = vec![("10.96.0.10:80", CLUSTER_IP)];
-        if allowed {
-            expected.push(("192.0.2.9:80", EXTERNAL_IP));
-        }
+        cluster.web(
+            "{clusterIP: 10.96.0.10, clusterIPs: [10.96.0.10, \"fd00:96::10\"], ipFamilies: [IPv4, IPv6],
+                externalIPs: [192.0.2.9, \"2001:db8::9\"], ports: [{port: 80}]}",
+        );
+        let mut expected = vec![("10.96.0.10:80", CLUSTER_IP), ("[fd00:96::10]:80", CLUSTER_IP)];
+        expected.extend(served_there.iter().map(|address| (*address, EXTERNAL_IP)));
         served(&cluster, &expected);
     }
 }

@@ -15,7 +15,7 @@ use k8s_openapi::api::discovery::v1 as discovery;
 
 use super::desired::{Algorithm, Endpoint, Protocol, ServiceKey, ServicePort, ServicePortName};
 use super::{Change, Model, ModelOptions};
-use crate::config::NodePortAddresses;
+use crate::config::{ExternalIps, NodePortAddresses};
 
 /// A node `here`, and what it was told.
 struct Cluster {
@@ -24,10 +24,10 @@ struct Cluster {
 
 impl Cluster {
     fn new() -> Self {
-        Self::with(true, NodePortAddresses::Primary)
+        Self::with(ExternalIps::All, NodePortAddresses::Primary)
     }
 
-    fn with(external_ips: bool, nodeport_addresses: NodePortAddresses) -> Self {
+    fn with(external_ips: ExternalIps, nodeport_addresses: NodePortAddresses) -> Self {
         let node_name = "here".to_owned();
         Self {
             model: Model::new(ModelOptions {

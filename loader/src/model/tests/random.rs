@@ -10,7 +10,7 @@ use super::super::objects::{
 };
 use super::super::{Change, HealthCheck, Model, ModelOptions};
 use super::key;
-use crate::config::NodePortAddresses;
+use crate::config::{ExternalIps, NodePortAddresses};
 
 /// xorshift64*: reproducible, and good enough to pick from small ranges.
 struct Random(u64);
@@ -172,7 +172,7 @@ fn model() -> Model {
     let node_name = "here".to_owned();
     Model::new(ModelOptions {
         node_name,
-        external_ips: true,
+        external_ips: ExternalIps::All,
         nodeport_addresses: NodePortAddresses::Primary,
         algorithm: Algorithm::Random,
     })

@@ -43,7 +43,7 @@ impl Rig {
     fn model(config: &RunConfig) -> Model {
         Model::new(ModelOptions {
             node_name: config.node_name.clone(),
-            external_ips: config.external_ips,
+            external_ips: config.external_ips.clone(),
             nodeport_addresses: config.nodeport_addresses.clone(),
             algorithm: config.algorithm,
         })
