@@ -1,4 +1,4 @@
-//! Development tasks: `cargo xtask setup | build | image | test | soak | vm | demo | bench`.
+//! Development tasks: `cargo xtask setup | build | image | test | soak | deny | vm | demo | bench`.
 //!
 //! Each task first sets up what it needs and says in plain words what it installs; on a machine where nothing is
 //! missing that takes no time.
@@ -6,6 +6,7 @@
 mod apt;
 mod bench;
 mod demo;
+mod deny;
 mod image;
 mod oci;
 mod process;
@@ -44,6 +45,8 @@ enum Task {
     Test(test::Options),
     /// Everything at once, for an hour: no byte may be misrouted, no connection lost, and no memory taken for good
     Soak(soak::Options),
+    /// Check the dependencies: known vulnerabilities, licences, where they come from
+    Deny(deny::Options),
     /// Boot other kernels in virtual machines
     #[command(subcommand)]
     Vm(vm::Task),
@@ -87,6 +90,7 @@ fn run(task: &Task) -> Result<()> {
             setup::run(setup::Need::Everything)?;
             soak::run(options)
         }
+        Task::Deny(options) => deny::run(options),
         Task::Vm(task) => {
             setup::run(setup::Need::VirtualMachines)?;
             vm::run(task)
