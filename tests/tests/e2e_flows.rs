@@ -110,7 +110,7 @@ fn a_flood_of_syns_pushes_out_other_syns_only() -> Result<()> {
             let [_, _, high, low] = n.to_be_bytes();
             let source = format!("10.66.{high}.{low}:{}", 1_024 + n % 60_000);
             // A full device queue loses some of a flood; that is no failure.
-            let _ = socket.send(&Packet::tcp(&source, &format!("{web}:7"), SYN).build(), web);
+            let _ = socket.send(&Packet::tcp(&source, &format!("{web}:7"), SYN).build());
         }
         Ok(())
     })?;

@@ -64,7 +64,9 @@ impl Resource {
         }
     }
 
-    pub(super) const fn plural(self) -> &'static str {
+    /// As in paths and RBAC rules.
+    #[must_use]
+    pub const fn plural(self) -> &'static str {
         match self {
             Self::Services => "services",
             Self::EndpointSlices => "endpointslices",
@@ -93,7 +95,9 @@ impl Resource {
         }
     }
 
-    pub(super) const fn api_version(self) -> &'static str {
+    /// Group and version.
+    #[must_use]
+    pub const fn api_version(self) -> &'static str {
         match self {
             Self::Services | Self::Nodes | Self::Namespaces | Self::ServiceAccounts | Self::ConfigMaps => "v1",
             Self::EndpointSlices => "discovery.k8s.io/v1",

@@ -17,7 +17,6 @@ const SENDERS: u16 = 8_000;
 /// What pours in: packets to one address, each of another sender.
 pub(super) struct Flood {
     pub(super) what: String,
-    to: Ipv4Addr,
     packets: Vec<Bytes>,
 }
 
@@ -38,7 +37,7 @@ impl Flood {
             format!("10.66.{high}.{low}:{}", 1_024 + number)
         };
         let packets = (0..SENDERS).map(|number| packet(&source(number)).build()).collect();
-        Self { what: format!("{what} to {to}"), to, packets }
+        Self { what: format!("{what} to {to}"), packets }
     }
 
     /// Sends from a namespace as fast as one thread can, for a time; says how many.
@@ -48,7 +47,7 @@ impl Flood {
             let (started, mut sent) = (Instant::now(), 0);
             for packet in self.packets.iter().cycle() {
                 // A full device queue loses some of a flood; that is no failure.
-                let _ = socket.send(packet, self.to);
+                let _ = socket.send(packet);
                 sent += 1;
                 if started.elapsed() > length {
                     break;
