@@ -7,6 +7,7 @@ mod clusterip;
 mod collisions;
 mod echo;
 mod fragments;
+mod hostile;
 mod icmp;
 mod ipv6;
 mod lifetimes;
