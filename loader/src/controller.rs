@@ -258,6 +258,7 @@ impl Controller {
                     self.dirty.extend(dirty);
                 }
             }
+            SourceEvent::Followed { kind, followed } => self.status.followed(kind, followed),
             SourceEvent::Synced => {
                 info!(services = self.model.services().count(), "the source has reported everything");
                 self.source_synced = true;

@@ -2,7 +2,7 @@
 //! waits.
 
 use std::any::Any;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -68,6 +68,8 @@ pub struct Follower {
     pub model: Model,
     /// How often it said that it has synced.
     pub synced: usize,
+    /// Kinds of objects, and whether they are followed.
+    pub followed: BTreeMap<&'static str, bool>,
     /// All its changes, in order.
     pub changes: Vec<Change>,
     _kept: Box<dyn Any + Send>,
@@ -91,6 +93,7 @@ impl Follower {
             task: tokio::spawn(run(sender)),
             model: Model::new(options),
             synced: 0,
+            followed: BTreeMap::new(),
             changes: Vec::new(),
             _kept: Box::new(kept),
         }
@@ -109,6 +112,7 @@ impl Follower {
     pub fn take(&mut self, event: SourceEvent) {
         match event {
             SourceEvent::Synced => self.synced += 1,
+            SourceEvent::Followed { kind, followed } => drop(self.followed.insert(kind, followed)),
             SourceEvent::Changes(changes) => {
                 for change in changes {
                     self.changes.push(change.clone());
@@ -123,7 +127,15 @@ impl Follower {
     /// # Panics
     /// If it doesn't within [`PATIENCE`], or the source ends.
     pub async fn until(&mut self, what: &str, condition: impl Fn(&Self) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
+        self.until_within(PATIENCE, what, condition).await;
+    }
+
+    /// The same with another limit.
+    ///
+    /// # Panics
+    /// As [`Self::until`].
+    pub async fn until_within(&mut self, limit: Duration, what: &str, condition: impl Fn(&Self) -> bool) {
+        let deadline = Instant::now() + limit;
         while !condition(self) {
             match tokio::time::timeout_at(deadline, self.receiver.recv()).await {
                 Ok(Some(event)) => self.take(event),

@@ -137,6 +137,12 @@ pub enum DataplaneError {
     /// The object file does not load.
     #[error("cannot load the BPF object")]
     Load(#[source] Box<aya::EbpfError>),
+    /// The maps do not fit into the memory that this process may use.
+    #[error(
+        "no memory for the maps; they count as this process's: raise its memory limit (resources.limits.memory), or give \
+         smaller maps (--max-conntrack takes most)"
+    )]
+    NoMemory(#[source] Box<aya::EbpfError>),
     /// The verifier or the kernel refuses a program.
     #[error("cannot load program {program}")]
     Program {

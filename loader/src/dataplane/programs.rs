@@ -198,30 +198,30 @@ where
 {
     let program = ebpf.program_mut(name).and_then(|program| <&mut P>::try_from(program).ok());
     let program = program.ok_or(DataplaneError::NoProgram { program: name })?;
-    load(program).map_err(|source| match is_not_permitted(&source) {
+    load(program).map_err(|source| match error_number(&source) == Some(libc::EPERM) {
         true => DataplaneError::NotPermitted { action: format!("load program {name}") },
         false => DataplaneError::Program { program: name, source: Box::new(source) },
     })
 }
 
 fn load_error(error: EbpfError) -> DataplaneError {
-    if is_not_permitted(&error) {
-        return DataplaneError::NotPermitted { action: "load the BPF object".to_owned() };
+    match error_number(&error) {
+        Some(libc::EPERM) => DataplaneError::NotPermitted { action: "load the BPF object".to_owned() },
+        Some(libc::ENOMEM) => DataplaneError::NoMemory(Box::new(error)),
+        _ => DataplaneError::Load(Box::new(error)),
     }
-    DataplaneError::Load(Box::new(error))
 }
 
-/// Whether an error comes from EPERM.
-fn is_not_permitted(error: &(dyn Error + 'static)) -> bool {
+/// The kernel's error number that an error comes from.
+fn error_number(error: &(dyn Error + 'static)) -> Option<i32> {
     let mut cause = Some(error);
     while let Some(inner) = cause {
-        let os_error = inner.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
-        if os_error == Some(libc::EPERM) {
-            return true;
+        if let Some(number) = inner.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+            return Some(number);
         }
         cause = inner.source();
     }
-    false
+    None
 }
 
 /// Kernels before 5.11 account BPF memory to the locked-memory limit.

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::OnceLock;
 
 const MAP_LOOKUP_ELEM: i32 = 1;
 const MAP_UPDATE_ELEM: i32 = 2;
@@ -453,11 +454,19 @@ pub(super) fn netns_cookie() -> io::Result<Option<u64>> {
     if error.raw_os_error() == Some(libc::ENOPROTOOPT) { Ok(None) } else { Err(error) }
 }
 
-/// The clock that the programs read (bpf_ktime_get_ns), in seconds.
+/// The clock that the programs read (bpf_ktime_get_ns), in seconds. In a time namespace this process is shown another one.
 #[must_use]
 pub fn monotonic_seconds() -> u32 {
+    /// By how many seconds that one is ahead.
+    static AHEAD: OnceLock<i64> = OnceLock::new();
+    let ahead = AHEAD.get_or_init(|| {
+        let offsets = std::fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default();
+        let offset = |line: &str| line.strip_prefix("monotonic")?.split_whitespace().next()?.parse().ok();
+        // The file isn't there before 5.6, nor without CONFIG_TIME_NS.
+        offsets.lines().find_map(offset).unwrap_or(0)
+    });
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `time` is a timespec that clock_gettime may write; CLOCK_MONOTONIC always exists.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
-    u32::try_from(time.tv_sec).unwrap_or(u32::MAX)
+    u32::try_from(time.tv_sec - ahead).unwrap_or(u32::MAX)
 }

@@ -40,6 +40,7 @@ pub(super) struct Metrics {
     pub(super) audit_troubles: IntGauge,
     pub(super) audit_busy: Gauge,
     pub(super) last_audit: Gauge,
+    pub(super) followed: IntGaugeVec,
     unapplied: Gauge,
     flows: IntGaugeVec,
     programs: IntGaugeVec,
@@ -175,6 +176,11 @@ impl Metrics {
             )),
             audit_busy: make.seconds("sheave_audit_duration_seconds", "For how long the last audit has worked"),
             last_audit: make.seconds("sheave_audit_last_timestamp_seconds", "When the last audit ended"),
+            followed: make.gauges(
+                "sheave_source_followed",
+                "1 while objects of a kind are followed; what is known of them may be out of date while it is 0",
+                "kind",
+            ),
             unapplied: make.seconds(
                 "sheave_oldest_unapplied_change_seconds",
                 "For how long a change that the source has told has waited to be applied",

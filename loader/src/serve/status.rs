@@ -72,6 +72,11 @@ impl Status {
         self.health.wait(Instant::now());
     }
 
+    /// Whether the source follows a kind of object.
+    pub fn followed(&self, kind: &str, followed: bool) {
+        self.metrics.followed.with_label_values(&[kind]).set(followed.into());
+    }
+
     /// A change was taken in that concerns so many Services.
     pub fn changed(&mut self, arrival: &Arrival, services: usize) {
         if services == 0 {

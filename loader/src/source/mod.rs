@@ -21,6 +21,13 @@ use crate::model;
 pub enum SourceEvent {
     /// Objects changed, in this order.
     Changes(Vec<model::Change>),
+    /// Whether a kind of object is followed: while it is not, what was reported of it stays, and may be out of date.
+    Followed {
+        /// Its name, for people.
+        kind: &'static str,
+        /// It is, or is not any more.
+        followed: bool,
+    },
     /// Reported once: every object that existed at the start has been reported, but perhaps for ServiceCIDRs, which not
     /// every account may read. Nothing may be pruned before.
     Synced,

@@ -230,8 +230,11 @@ fn list(shared: &Shared, filter: &Filter, query: &BTreeMap<String, String>) -> R
 }
 
 fn watch(shared: &Arc<Shared>, filter: Filter, query: &BTreeMap<String, String>) -> Response<Body> {
-    let version = query.get("resourceVersion").and_then(|version| version.parse().ok());
-    let version = version.unwrap_or_else(|| shared.store().version());
+    let version = match query.get("resourceVersion").map(|version| version.parse()) {
+        None => shared.store().version(),
+        Some(Ok(version)) => version,
+        Some(Err(_)) => return failure(400, "BadRequest", "resourceVersion: Invalid value: not a number"),
+    };
     let is_expired = shared.store().events_after(version, &filter).is_err();
     let gone = shared.faults().gone;
     if is_expired && gone == Gone::Status {

@@ -267,7 +267,8 @@ impl History {
     }
 }
 
-fn agree(answer: &Answer, seen: &Seen) -> bool {
+/// Whether that is what was seen.
+pub(super) fn agree(answer: &Answer, seen: &Seen) -> bool {
     match (answer, seen) {
         (Answer::NotOurs, Seen::Untouched) | (Answer::Dropped, Seen::Dropped) => true,
         (Answer::Rejected(expected), Seen::Refused(refusal)) => expected == refusal,
@@ -277,7 +278,7 @@ fn agree(answer: &Answer, seen: &Seen) -> bool {
 }
 
 /// What is seen of a packet that goes this way. To a Service's address that is also its endpoint's, that is nothing.
-fn as_seen(packet: &Packet, passage: &Passage) -> Seen {
+pub(super) fn as_seen(packet: &Packet, passage: &Passage) -> Seen {
     let same = (passage.from, passage.to) == (packet.source, packet.destination);
     if same { Seen::Untouched } else { Seen::Translated(*passage) }
 }

@@ -8,9 +8,11 @@
 mod answer;
 mod cluster;
 mod endpoints;
+mod frames;
 mod frontends;
 mod generate;
 pub mod history;
+pub mod killed;
 mod memory;
 mod mutate;
 mod network;

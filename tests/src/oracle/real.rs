@@ -2,7 +2,7 @@
 //! and plan into pinned maps, and packets go through the programs on those maps.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 
 use k8s_openapi::api::core::v1 as core;
@@ -13,25 +13,22 @@ use serde::de::DeserializeOwned;
 use sheave::config::{
     ConnectMode, DrainForeign, ExternalIps, MapSizes, NodePortAddresses, RunConfig, SourceConfig, XdpMode,
 };
-use sheave::dataplane::{self, Applied, Dataplane};
+use sheave::dataplane::{self, Applied, Dataplane, Usage};
 use sheave::interfaces::{Interface, Role};
 use sheave::model::desired::{ServiceKey, ServicePort, ServicePortName};
 use sheave::model::objects::SliceKey;
 use sheave::model::{Change as ModelChange, Model, ModelOptions};
 use sheave_common::flow::Flow;
-use sheave_common::{Ipv4Address, Ipv6Address, PROTOCOL_ICMP, PROTOCOL_ICMPV6, names};
+use sheave_common::{Ipv4Address, Ipv6Address, names};
 
-use super::answer::{Edge, Packet, Protocol, Refusal, Source};
+use super::answer::{Edge, Packet, Refusal, Source};
 use super::cluster::{NodePorts, Options, THIS_NODE};
-use super::generate::node_ip;
+use super::frames::{SNAT_PORTS, frame_of, interpret};
 use super::mutate::Change;
 use crate::leftovers::unique_name;
 use crate::netns::Namespace;
-use crate::packet::{self, ACK, NODE_MAC, RST, SYN, View};
-use crate::program::{DROP, NEXT, Outcome, Programs, REDIRECT, SkbContext, XDP_PASS, XDP_TX};
-
-/// Source ports of SNAT.
-const SNAT_PORTS: (u16, u16) = (10_000, 19_999);
+use crate::packet::{ACK, SYN, View};
+use crate::program::{NEXT, Outcome, Programs, REDIRECT, SkbContext, XDP_PASS, XDP_TX};
 
 /// What the programs did with a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,7 +96,13 @@ pub(super) fn make_node(namespace: &Namespace) {
 impl Sheave {
     /// Starts on [`make_node`]'s interfaces, in the calling thread's namespace, with nothing to do.
     pub(super) fn start(options: &Options) -> Self {
-        let config = config(options);
+        Self::start_with(options, 512)
+    }
+
+    /// The same with room for so many service ports.
+    pub(super) fn start_with(options: &Options, services: u32) -> Self {
+        let mut config = config(options);
+        config.sizes.services = Some(services);
         let dataplane = Dataplane::open(&config).expect("the dataplane opens");
         let programs = Programs::load_pinned(&config.pin_path).expect("the programs load on the same maps");
         let mut model = Model::new(ModelOptions {
@@ -137,6 +140,15 @@ impl Sheave {
 
     /// Takes changes in, as one pass of the controller does.
     pub(super) fn apply(&mut self, changes: &[Change]) {
+        let changed = self.take(changes);
+        let applied = self.dataplane().apply(changed);
+        expect_applied(&applied);
+        self.tell_service_cidrs();
+        self.dataplane().sweep().expect("flows are swept");
+    }
+
+    /// Has the model take changes in; returns the service ports that changed.
+    fn take(&mut self, changes: &[Change]) -> BTreeMap<ServicePortName, Option<ServicePort>> {
         let mut dirty = BTreeSet::new();
         for change in changes {
             dirty.extend(self.model.apply(read(change)));
@@ -148,12 +160,13 @@ impl Sheave {
             changed.extend(before.into_iter().map(|name| (name, None)));
             changed.extend(desired.into_iter().map(|(name, port)| (name, Some(port))));
         }
-        let applied = self.dataplane().apply(changed);
-        expect_applied(&applied);
+        changed
+    }
+
+    fn tell_service_cidrs(&mut self) {
         if let Some(networks) = self.model.service_cidrs() {
             self.dataplane().set_service_cidrs(&networks).expect("ServiceCIDRs are told");
         }
-        self.dataplane().sweep().expect("flows are swept");
     }
 
     /// Lets a grace period pass, and frees what was given up before it.
@@ -168,14 +181,44 @@ impl Sheave {
     /// Restarts the daemon. Nothing has changed meanwhile, so there is nothing to write.
     pub(super) fn restart(&mut self) {
         self.reclaim();
+        self.reopen();
+        let applied = self.apply_all();
+        assert_eq!(applied.written, 0, "a restart without changes writes nothing");
+    }
+
+    /// Ends the daemon and starts another one, which knows nothing yet but what is pinned.
+    pub(super) fn reopen(&mut self) {
         self.dataplane = None;
         self.dataplane = Some(Dataplane::open(&self.config).expect("the dataplane opens again"));
         self.attach();
+        self.dataplane().sweep().expect("flows are swept");
+    }
+
+    /// The first pass of a daemon that was started again, to which the source reports a cluster that has changed meanwhile.
+    pub(super) fn catch_up(&mut self, changes: &[Change]) {
+        self.take(changes);
+        self.apply_all();
+        self.tell_service_cidrs();
+        self.dataplane().sweep().expect("flows are swept");
+        self.reclaim();
+    }
+
+    fn apply_all(&mut self) -> Applied {
         let desired: BTreeMap<ServicePortName, ServicePort> =
             self.model.services().flat_map(|key| self.model.desired(key)).collect();
         let applied = self.dataplane().apply_all(desired);
         expect_applied(&applied);
-        assert_eq!(applied.written, 0, "a restart without changes writes nothing");
+        applied
+    }
+
+    /// Where its maps are pinned.
+    pub(super) fn pins(&self) -> &Path {
+        &self.config.pin_path
+    }
+
+    /// How full its maps are.
+    pub(super) fn usage(&mut self) -> Vec<Usage> {
+        self.dataplane().usage()
     }
 
     /// Forgets every flow, as if all time-outs had passed.
@@ -274,7 +317,6 @@ fn config(options: &Options) -> RunConfig {
     config.rejects_per_second = u32::MAX;
     config.snat_ports = SNAT_PORTS;
     config.sizes = MapSizes {
-        services: Some(512),
         frontends: Some(4_096),
         backends: Some(8_192),
         table: Some(16_384),
@@ -332,60 +374,3 @@ fn read(change: &Change) -> ModelChange {
         Change::ServiceCidr(name, None) => ModelChange::ServiceCidrGone(name.clone()),
     }
 }
-
-fn frame_of(protocol: Protocol, source: SocketAddr, destination: SocketAddr, flags: u8) -> Vec<u8> {
-    let (source, destination) = (source.to_string(), destination.to_string());
-    let built = match protocol {
-        Protocol::Tcp => packet::Packet::tcp(&source, &destination, flags),
-        Protocol::Udp => packet::Packet::udp(&source, &destination),
-        Protocol::Sctp => {
-            // The first chunk: INIT, its acknowledgment, or data.
-            let chunk = match flags {
-                SYN => 1,
-                ACK => 0,
-                _ => 2,
-            };
-            packet::Packet::sctp(&source, &destination).payload(&[&[chunk, 0, 0, 20][..], &[1; 16]].concat())
-        }
-    };
-    built.to_mac(NODE_MAC).build().to_vec()
-}
-
-fn interpret(packet: &Packet, frame: &[u8], outcome: &Outcome) -> Seen {
-    match outcome.action {
-        NEXT if outcome.packet == frame => return Seen::Untouched,
-        DROP => return Seen::Dropped,
-        NEXT | REDIRECT => {}
-        _ => return Seen::Odd(format!("{outcome:?}")),
-    }
-    let view = View(&outcome.packet);
-    view.assert_checksums();
-    let redirected = outcome.action == REDIRECT;
-    if matches!(view.protocol(), PROTOCOL_ICMP | PROTOCOL_ICMPV6) {
-        let port_unreachable = if packet.destination.is_ipv6() { (1, 4) } else { (3, 3) };
-        let ours = redirected
-            && view.addresses() == (packet.destination.ip(), packet.source.ip())
-            && view.icmp() == port_unreachable
-            && view.quoted_tuple() == format!("{} → {}", packet.source, packet.destination);
-        return if ours { Seen::Refused(Refusal::PortUnreachable) } else { Seen::Odd(format!("{outcome:?}")) };
-    }
-    let (source, to) = (view.source(), view.destination());
-    if packet.protocol == Protocol::Tcp && view.tcp_flags() & RST != 0 {
-        let ours = redirected && (source, to) == (packet.destination, packet.source);
-        return if ours { Seen::Refused(Refusal::Reset) } else { Seen::Odd(format!("{outcome:?}")) };
-    }
-    let node = node_ip(source.is_ipv6(), 1);
-    let hairpin = if source.is_ipv6() { HAIRPIN6.into() } else { IpAddr::from(HAIRPIN4) };
-    let kind = match redirected {
-        // Another connection of this client may own the port.
-        false if source.ip() == packet.source.ip() => Source::Kept,
-        true if source.ip() == node && (SNAT_PORTS.0..=SNAT_PORTS.1).contains(&source.port()) => Source::Snat,
-        true if source.ip() == hairpin => Source::Hairpin,
-        _ => return Seen::Odd(format!("{source} → {to}, redirected: {redirected}")),
-    };
-    Seen::Translated(Passage { to, from: source, source: kind })
-}
-
-/// What stands for a client that is its own backend, by default.
-const HAIRPIN4: Ipv4Addr = Ipv4Addr::new(169, 254, 42, 1);
-const HAIRPIN6: Ipv6Addr = Ipv6Addr::new(0xfd53, 0x6865, 0x6176, 0x6500, 0, 0, 0, 1);

@@ -1,13 +1,15 @@
 //! Full maps: one service port is refused and says why, the others go on, and what was refused comes when there is room.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use sheave::config::MapSizes;
 use sheave::dataplane::{Dataplane, Usage};
 use sheave::model::desired::{ServicePort, ServicePortName};
 use sheave_common::names;
+use sheave_tests::gate::Copy;
 
-use crate::bench::{Bench, desired, in_namespace, name, service};
+use crate::bench::{Bench, desired, in_namespace, meaning, name, service};
 
 /// A size that [`desired`] just fits into.
 struct Tight {
@@ -85,5 +87,38 @@ fn a_size_that_nobody_asked_for_is_that_of_the_pinned_map() {
         for (map, size) in [(names::FRONTENDS4, asked.frontends), (names::BACKEND_TABLE, asked.table)] {
             assert_eq!(Some(usage(&dataplane, map).capacity), size, "{map}");
         }
+    });
+}
+
+/// A node that is short of memory for a while would keep Services in part.
+#[test]
+fn writes_that_find_no_memory_now_and_then_are_made_up_for() {
+    in_namespace(|| {
+        let (bench, undisturbed) = (Bench::new(), Bench::new());
+        assert!(undisturbed.open().apply_all(desired()).failed.is_empty());
+        let mut dataplane = bench.open();
+        let (daemon, gate) = Copy::start(|| {
+            let mut applied = dataplane.apply_all(desired());
+            let mut tries = 0;
+            while dataplane.is_unfinished() {
+                assert!(applied.other.is_some() || !applied.failed.is_empty(), "it says what is missing");
+                applied = dataplane.apply(BTreeMap::new());
+                tries += 1;
+            }
+            assert!((2..100).contains(&tries), "{tries} further attempts");
+        })
+        .expect("a daemon");
+        let mut number = 0;
+        while let Some(write) = gate.next(Duration::from_secs(60)).expect("the gate tells") {
+            // A few pass, and then for longer than anybody waits at once, none.
+            let short = number < 400 && number % 40 >= 5;
+            number += 1;
+            if short { gate.fail(&write, libc::ENOMEM) } else { gate.pass(&write) }.expect("it waits");
+        }
+        daemon.finish().expect("in the end it is as desired");
+        assert_eq!(meaning(&bench.view()), meaning(&undisturbed.view()));
+        drop(dataplane);
+        let mut dataplane = bench.open();
+        assert_eq!(dataplane.apply_all(desired()).written, 0, "nothing is left to do");
     });
 }

@@ -8,6 +8,7 @@ use std::fmt::Debug;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use futures::StreamExt;
 use k8s_openapi::api::core::v1 as core;
@@ -17,10 +18,12 @@ use kube::runtime::watcher::{self, Event};
 use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc::Sender;
+use tokio::time::Instant;
 
 use super::super::{SourceEvent, convert};
 use super::backoff::Backoff;
 use super::servers::{Servers, chain};
+use super::trouble::{Trouble, is_expired, is_unreadable, needs_list};
 use crate::model::{Change, objects};
 
 /// A kind of object that is followed.
@@ -40,6 +43,9 @@ pub(super) trait Followed:
     fn gone(&self) -> Change;
     fn listed(objects: Vec<Self::Trimmed>) -> Change;
 }
+
+/// Ends of history that are further apart than this have nothing to do with each other.
+const CALM: Duration = Duration::from_secs(60);
 
 /// Number of kinds that there is nothing to do without: when each has been listed once, the source has synced.
 const KINDS: usize = 3;
@@ -148,13 +154,27 @@ impl Follower {
     /// Follows a kind until the receiver is gone.
     pub(super) async fn follow<K: Followed>(&self, config: watcher::Config) {
         let mut trouble = Trouble::new(K::NAME);
+        // Apart, because the list that each end of history leads to is no trouble.
+        let (mut ends, mut last_end) = (Backoff::new(), Instant::now());
+        let path = K::url_path(&(), None);
         let mut unreadable = None;
         let mut synced = K::WITHOUT.is_some();
         loop {
             let mut events = pin!(watcher::watcher(Api::<K>::all(self.client.clone()), config.clone()));
             let mut listing = Vec::new();
             // The watcher's stream has no end of its own.
-            while let Some(event) = events.next().await {
+            loop {
+                let event = tokio::select! {
+                    event = events.next() => event,
+                    () = self.servers.steady(&path, trouble.since), if trouble.is_on() => {
+                        trouble.over(&self.servers.current());
+                        if !self.tell(trouble.news(true)).await {
+                            return;
+                        }
+                        continue;
+                    }
+                };
+                let Some(event) = event else { break };
                 let change = match event {
                     Ok(Event::Init) => {
                         listing = Vec::new();
@@ -169,7 +189,11 @@ impl Follower {
                     Ok(Event::Delete(object)) => object.gone(),
                     Err(error) if is_expired(&error) => {
                         tracing::debug!(kind = K::NAME, %error, "the server no longer knows where the watch was");
-                        tokio::time::sleep(trouble.backoff.next()).await;
+                        if last_end.elapsed() > CALM {
+                            ends.reset();
+                        }
+                        tokio::time::sleep(ends.next()).await;
+                        last_end = Instant::now();
                         if matches!(error, watcher::Error::WatchStartFailed(_)) {
                             break;
                         }
@@ -182,11 +206,20 @@ impl Follower {
                         break;
                     }
                     Err(error) => {
+                        if !self.tell(trouble.news(false)).await {
+                            return;
+                        }
                         tokio::time::sleep(trouble.report(&self.servers.current(), &error)).await;
+                        if needs_list(&error) {
+                            break;
+                        }
                         continue;
                     }
                 };
                 trouble.over(&self.servers.current());
+                if !self.tell(trouble.news(true)).await {
+                    return;
+                }
                 if unreadable.take().is_some() {
                     tracing::info!(kind = K::NAME, server = self.servers.current(), "may be read after all");
                 }
@@ -211,6 +244,14 @@ impl Follower {
         }
     }
 
+    /// Passes on what is new about a kind. False if the receiver is gone.
+    async fn tell(&self, news: Option<SourceEvent>) -> bool {
+        match news {
+            Some(news) => self.sender.send(news).await.is_ok(),
+            None => true,
+        }
+    }
+
     /// Reports once that there are none of a kind that may not be read, says so, and waits until it is time to look again.
     /// False if the receiver is gone.
     async fn do_without<K: Followed>(&self, unreadable: &mut Option<Backoff>, error: &watcher::Error) -> bool {
@@ -229,88 +270,5 @@ impl Follower {
         }
         tokio::time::sleep(unreadable.get_or_insert_with(Backoff::patient).next()).await;
         true
-    }
-}
-
-/// The account may not read this kind, or the server doesn't have it.
-fn is_unreadable(error: &watcher::Error) -> bool {
-    match error {
-        watcher::Error::InitialListFailed(kube::Error::Api(status))
-        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
-        | watcher::Error::WatchFailed(kube::Error::Api(status))
-        | watcher::Error::WatchError(status) => matches!(status.code, 403 | 404),
-        _ => false,
-    }
-}
-
-/// The place in the history where a watch wants to go on is no longer there (HTTP 410, or an ERROR event with it).
-fn is_expired(error: &watcher::Error) -> bool {
-    match error {
-        watcher::Error::InitialListFailed(kube::Error::Api(status))
-        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
-        | watcher::Error::WatchFailed(kube::Error::Api(status))
-        | watcher::Error::WatchError(status) => status.code == 410,
-        _ => false,
-    }
-}
-
-/// What is wrong at the moment: each thing is said once, and once that it is over.
-struct Trouble {
-    kind: &'static str,
-    backoff: Backoff,
-    said: Option<String>,
-}
-
-impl Trouble {
-    const fn new(kind: &'static str) -> Self {
-        Self { kind, backoff: Backoff::new(), said: None }
-    }
-
-    /// Says what is wrong, and returns how long to wait.
-    fn report(&mut self, server: &str, error: &watcher::Error) -> std::time::Duration {
-        let wait = self.backoff.next();
-        let text = chain(error);
-        if self.said.as_ref() == Some(&text) {
-            tracing::debug!(kind = self.kind, server, error = text, "still can't follow");
-        } else {
-            tracing::warn!(
-                kind = self.kind,
-                server,
-                error = text,
-                remedy = remedy(error),
-                "can't follow: what is known stays in place, and it will be tried again"
-            );
-            self.said = Some(text);
-        }
-        wait
-    }
-
-    fn over(&mut self, server: &str) {
-        self.backoff.reset();
-        if self.said.take().is_some() {
-            tracing::info!(kind = self.kind, server, "followed again");
-        }
-    }
-}
-
-fn remedy(error: &watcher::Error) -> &'static str {
-    let cause = match error {
-        watcher::Error::InitialListFailed(cause)
-        | watcher::Error::WatchStartFailed(cause)
-        | watcher::Error::WatchFailed(cause) => cause,
-        watcher::Error::WatchError(_) | watcher::Error::NoResourceVersion => {
-            return "look at the API server's own log";
-        }
-    };
-    match cause {
-        kube::Error::Api(status) if status.code == 401 => "check the token or certificate in the kubeconfig",
-        kube::Error::Api(status) if status.code == 403 => {
-            "give this account list and watch on services, nodes and endpointslices.discovery.k8s.io (deploy/kustomize/rbac.yaml)"
-        }
-        kube::Error::Api(_) => "look at the API server's own log",
-        _ => {
-            "check that this address answers from this node and its certificate is trusted; --api-server sets another \
-             one, and must not be the ClusterIP that Sheave itself serves"
-        }
     }
 }

@@ -1,13 +1,17 @@
 //! The Kubernetes API as a source: four watches that outlive every trouble of the server.
 //!
-//! [`servers`] finds the API servers and turns to the next one when one fails; [`endpoints`] hears from the cluster which
-//! there are; [`follow`] lists and watches one kind of object; [`backoff`] says how long to wait. Objects are trimmed as they arrive; the selectors keep headless and
+//! [`server`] reaches one API server, [`servers`] knows them all and turns to the next one when one fails; [`endpoints`] hears from the cluster which
+//! there are; [`answer`] bounds what they say; [`follow`] lists and watches one kind of object; [`trouble`] says what is
+//! wrong, and [`backoff`] how long to wait. Objects are trimmed as they arrive; the selectors keep headless and
 //! foreign ones from arriving at all.
 
+mod answer;
 mod backoff;
 mod endpoints;
 mod follow;
+mod server;
 mod servers;
+mod trouble;
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;

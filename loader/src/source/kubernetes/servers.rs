@@ -5,52 +5,33 @@
 //! names itself ([`super::endpoints`]), the last ones that it has named if none is there to ask.
 
 use std::collections::{BTreeSet, HashMap};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use http::{Request, Response, StatusCode, Uri};
-use hyper_timeout::TimeoutConnector;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
-use kube::client::{Body, ConfigExt as _};
-use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
+use http::{Request, Response, StatusCode};
+use kube::client::Body;
 use kube::{Client, Config};
+use tokio::sync::watch;
 use tokio::time::Instant;
-use tower::{BoxError, ServiceBuilder};
 use tracing::{info, warn};
 
 use super::super::SourceError;
+use super::answer::{self, LimitedBody};
 use super::endpoints::Endpoints;
+use super::server::{Server, common_name, configuration, parse_address, server};
 use crate::model::Change;
 
-/// How long connecting to a server may take, before the next one is tried.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a server may think about a request before it begins to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long a server may be silent within an answer: more than a watch lasts (290 s).
-const SILENCE_TIMEOUT: Duration = Duration::from_secs(330);
-
-/// After how much silence a server's machine is asked whether it is still there, how often again, and how many times: one that
-/// lost its power ends no connection, and a watch may be silent for long.
-const KEEPALIVE: Duration = Duration::from_secs(10);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
-const KEEPALIVE_PROBES: u32 = 3;
 
 /// Least time between two starts of the same watch. A server, or something before it, that ends watches at once would
 /// otherwise be asked as fast as it answers: the watcher goes on without a pause.
 const WATCH_PAUSE: Duration = Duration::from_millis(500);
 
-/// What the certificate of every API server names, whatever its address.
-const EVERY_SERVER: &str = "kubernetes.default.svc";
-
-/// One API server.
-struct Server {
-    /// Its address, for people.
-    name: String,
-    client: Client,
-}
+/// How long a watch must last without an error to count as one that works.
+const STEADY: Duration = Duration::from_secs(5);
 
 /// The API servers of the cluster, of which one is in use.
 pub(super) struct Servers {
@@ -59,6 +40,8 @@ pub(super) struct Servers {
     pool: Mutex<Pool>,
     /// When the last watch of a path started, or will.
     watches: Mutex<HashMap<String, Instant>>,
+    /// When a server last began to answer a watch of a path.
+    begun: watch::Sender<HashMap<String, Instant>>,
 }
 
 struct Pool {
@@ -95,7 +78,7 @@ impl Servers {
         config.tls_server_name = common_name(&config);
         let configured = servers.len();
         let pool = Mutex::new(Pool { servers, configured, current: 0, endpoints: Endpoints::default() });
-        let found = Self { config, pool, watches: Mutex::default() };
+        let found = Self { config, pool, watches: Mutex::default(), begun: watch::Sender::default() };
         found.named(known);
         Ok(found)
     }
@@ -156,6 +139,20 @@ impl Servers {
         }
     }
 
+    /// Reads the credentials again. kube does that by the wall clock: after that was set back, only when it has caught up.
+    fn renew(&self, refused: &Arc<Server>) {
+        match server(&self.config, refused.uri.clone()) {
+            Ok(renewed) => {
+                let renewed = Arc::new(renewed);
+                let mut pool = self.pool();
+                for known in pool.servers.iter_mut().filter(|known| Arc::ptr_eq(known, refused)) {
+                    *known = Arc::clone(&renewed);
+                }
+            }
+            Err(error) => warn!(%error, "cannot read the credentials again"),
+        }
+    }
+
     /// A client that asks the server in use.
     pub(super) fn client(self: &Arc<Self>) -> Client {
         let servers = Arc::clone(self);
@@ -171,9 +168,11 @@ impl Servers {
         self.in_use().name.clone()
     }
 
-    async fn send(&self, request: Request<Body>) -> Result<Response<Body>, kube::Error> {
-        if request.uri().query().is_some_and(|query| query.split('&').any(|pair| pair == "watch=true")) {
-            tokio::time::sleep_until(self.next_start(request.uri().path())).await;
+    async fn send(&self, request: Request<Body>) -> Result<Response<LimitedBody>, kube::Error> {
+        let watch = request.uri().query().is_some_and(|query| query.split('&').any(|pair| pair == "watch=true"));
+        let path = request.uri().path().to_owned();
+        if watch {
+            tokio::time::sleep_until(self.next_start(&path)).await;
         }
         let server = self.in_use();
         let answer = match tokio::time::timeout(ANSWER_TIMEOUT, server.client.send(request)).await {
@@ -187,7 +186,38 @@ impl Servers {
         if answer.as_ref().map_or(true, |response| refused(response.status())) {
             self.turn_from(&server);
         }
-        answer
+        let answer = answer?;
+        if answer.status() == StatusCode::UNAUTHORIZED {
+            self.renew(&server);
+        }
+        // Another server has not asked for it.
+        if let Some(rest) = answer::rest(&answer).filter(|_| Arc::ptr_eq(&self.in_use(), &server)) {
+            tokio::time::sleep(rest).await;
+        }
+        if watch && answer.status().is_success() {
+            self.begun.send_modify(|begun| {
+                begun.insert(path, Instant::now());
+            });
+        }
+        Ok(answer::limited(answer, watch))
+    }
+
+    /// Waits until a watch of a path that has begun after `since` works.
+    pub(super) async fn steady(&self, path: &str, since: Instant) {
+        let mut begun = self.begun.subscribe();
+        loop {
+            let at = begun.borrow_and_update().get(path).filter(|at| **at > since).copied();
+            let over = async {
+                match at {
+                    Some(at) => tokio::time::sleep_until(at + STEADY).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = over => return,
+                changed = begun.changed() => if changed.is_err() { return },
+            }
+        }
     }
 
     /// When a watch of a path may start.
@@ -225,115 +255,4 @@ pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
         cause = error.source();
     }
     text
-}
-
-fn parse_address(address: &str) -> Result<Uri, SourceError> {
-    let error = || SourceError::ApiServerAddress { address: address.to_owned() };
-    let text = if address.contains("://") { address.to_owned() } else { format!("https://{address}") };
-    let uri: Uri = text.parse().map_err(|_| error())?;
-    // Names and passwords have no place in an address: they would be in every log.
-    let is_plain = uri.authority().is_some_and(|authority| !authority.as_str().contains('@'));
-    if matches!(uri.scheme_str(), Some("http" | "https")) && is_plain { Ok(uri) } else { Err(error()) }
-}
-
-fn server(config: &Config, uri: Uri) -> Result<Server, SourceError> {
-    let name = uri.to_string().trim_end_matches('/').to_owned();
-    let mut config = config.clone();
-    config.cluster_url = uri;
-    config.connect_timeout = Some(CONNECT_TIMEOUT);
-    config.read_timeout = Some(SILENCE_TIMEOUT);
-    // Failures are to be seen here, where the next server is known.
-    config.default_retry = false;
-    match client(config) {
-        Ok(client) => Ok(Server { name, client }),
-        Err(source) => Err(SourceError::Client { server: name, source: Box::new(source) }),
-    }
-}
-
-/// As kube makes it, but for TCP's keep-alive.
-fn client(config: Config) -> Result<Client, kube::Error> {
-    if config.proxy_url.is_some() {
-        return Client::try_from(config);
-    }
-    let mut tcp = HttpConnector::new();
-    tcp.enforce_http(false);
-    tcp.set_keepalive(Some(KEEPALIVE));
-    tcp.set_keepalive_interval(Some(KEEPALIVE_INTERVAL));
-    tcp.set_keepalive_retries(Some(KEEPALIVE_PROBES));
-    let mut connector = TimeoutConnector::new(config.rustls_https_connector_with_connector(tcp)?);
-    connector.set_connect_timeout(config.connect_timeout);
-    connector.set_read_timeout(config.read_timeout);
-    let service = ServiceBuilder::new()
-        .layer(config.base_uri_layer())
-        .option_layer(config.auth_layer()?)
-        .layer(config.extra_headers_layer()?)
-        .map_err(BoxError::from)
-        .service(hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build(connector));
-    Ok(Client::new(service, config.default_namespace))
-}
-
-/// What the certificates of API servers are checked against that the cluster names by address: the configured name, because
-/// certificates of all of them carry that of a balancer before them. An address is one server's own.
-fn common_name(config: &Config) -> Option<String> {
-    if config.tls_server_name.is_some() {
-        return config.tls_server_name.clone();
-    }
-    let host = config.cluster_url.host()?;
-    let is_address = host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
-    Some(if is_address { EVERY_SERVER } else { host }.to_owned())
-}
-
-/// The kubeconfig that was asked for, $KUBECONFIG, ~/.kube/config, or the in-cluster service account: the first that
-/// is there, and it has to be sound.
-async fn configuration(kubeconfig: Option<PathBuf>) -> Result<Config, SourceError> {
-    let error =
-        |path: String| move |source: KubeconfigError| SourceError::Kubeconfig { path, source: Box::new(source) };
-    let options = KubeConfigOptions::default();
-    if let Some(path) = kubeconfig {
-        let path_text = path.display().to_string();
-        let read = Kubeconfig::read_from(&path).map_err(error(path_text.clone()))?;
-        return Config::from_custom_kubeconfig(read, &options).await.map_err(error(path_text));
-    }
-    let place = match std::env::var("KUBECONFIG") {
-        Ok(path) if !path.is_empty() => Some(path),
-        _ => std::env::home_dir()
-            .map(|home| home.join(".kube/config"))
-            .filter(|path| path.exists())
-            .map(|path| path.display().to_string()),
-    };
-    if let Some(path) = place {
-        return Config::from_kubeconfig(&options).await.map_err(error(path));
-    }
-    if std::env::var_os("KUBERNETES_SERVICE_HOST").is_some() {
-        return Config::incluster().map_err(|error| SourceError::InCluster(Box::new(error)));
-    }
-    Err(SourceError::NoApiServer)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_address_without_a_scheme_means_https() {
-        let parsed = |address: &str| parse_address(address).map(|uri| uri.to_string()).ok();
-        assert_eq!(parsed("192.0.2.1:6443").as_deref(), Some("https://192.0.2.1:6443/"));
-        assert_eq!(parsed("http://127.0.0.1:8080").as_deref(), Some("http://127.0.0.1:8080/"));
-        assert_eq!(parsed("https://[2001:db8::1]:6443").as_deref(), Some("https://[2001:db8::1]:6443/"));
-        assert_eq!(parsed("ftp://192.0.2.1"), None);
-        assert_eq!(parsed("no address"), None);
-    }
-
-    #[test]
-    fn servers_that_the_cluster_names_show_a_certificate_with_the_configured_name_or_every_servers() {
-        let name = |url: &str, given: Option<&str>| {
-            let mut config = Config::new(url.parse().expect("a URI"));
-            config.tls_server_name = given.map(str::to_owned);
-            common_name(&config)
-        };
-        assert_eq!(name("https://api.example.org:6443", None).as_deref(), Some("api.example.org"));
-        assert_eq!(name("https://192.0.2.1:6443", None).as_deref(), Some("kubernetes.default.svc"));
-        assert_eq!(name("https://[2001:db8::1]:6443", None).as_deref(), Some("kubernetes.default.svc"));
-        assert_eq!(name("https://192.0.2.1:6443", Some("api.example.org")).as_deref(), Some("api.example.org"));
-    }
 }
