@@ -12,6 +12,7 @@ const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
+const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_F_TEST_XDP_LIVE_FRAMES: u32 = 1 << 1;
 
@@ -50,6 +51,39 @@ pub enum Kind {
     Classifier = 3,
     /// BPF_PROG_TYPE_XDP
     Xdp = 6,
+}
+
+/// Where a program is attached on an interface, by enum bpf_attach_type and what says where among others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// XDP in native mode, which has room for one.
+    XdpNative,
+    /// TCX on ingress, before all that are there.
+    IngressFirst,
+    /// TCX on ingress, after all that are there.
+    IngressLast,
+    /// TCX on egress, before all that are there.
+    EgressFirst,
+    /// TCX on egress, after all that are there.
+    EgressLast,
+}
+
+impl Place {
+    const fn numbers(self) -> (u32, u32) {
+        const BPF_XDP: u32 = 37;
+        const BPF_TCX_INGRESS: u32 = 46;
+        const BPF_TCX_EGRESS: u32 = 47;
+        const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
+        const BPF_F_BEFORE: u32 = 1 << 3;
+        const BPF_F_AFTER: u32 = 1 << 4;
+        match self {
+            Self::XdpNative => (BPF_XDP, XDP_FLAGS_DRV_MODE),
+            Self::IngressFirst => (BPF_TCX_INGRESS, BPF_F_BEFORE),
+            Self::IngressLast => (BPF_TCX_INGRESS, BPF_F_AFTER),
+            Self::EgressFirst => (BPF_TCX_EGRESS, BPF_F_BEFORE),
+            Self::EgressLast => (BPF_TCX_EGRESS, BPF_F_AFTER),
+        }
+    }
 }
 
 /// One instruction.
@@ -122,6 +156,31 @@ impl Program {
     #[must_use]
     pub fn descriptor(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+
+    /// Attaches it to an interface of the calling thread's namespace, as long as what comes back lives.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn attach(&self, interface: &str, place: Place) -> io::Result<OwnedFd> {
+        #[repr(C)]
+        #[derive(Default)]
+        struct LinkCreate {
+            prog_fd: u32,
+            target_ifindex: u32,
+            attach_type: u32,
+            flags: u32,
+            rest: [u64; 6],
+        }
+        let name = std::ffi::CString::new(interface)?;
+        // SAFETY: `name` is a NUL-terminated string.
+        let target_ifindex = unsafe { libc::if_nametoindex(name.as_ptr()) };
+        if target_ifindex == 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let (attach_type, flags) = place.numbers();
+        let prog_fd = self.0.as_raw_fd().cast_unsigned();
+        bpf(BPF_LINK_CREATE, &LinkCreate { prog_fd, target_ifindex, attach_type, flags, ..LinkCreate::default() })
     }
 
     /// Runs it again and again on a packet (BPF_PROG_TEST_RUN); the outcome is the last run's.

@@ -8,13 +8,10 @@ use anyhow::{Context as _, Result};
 
 use crate::netns::Namespace;
 use crate::program::XDP_PASS;
-use crate::raw_bpf::{EXIT, Kind, MOVE, Program, bpf, check, instruction};
+use crate::raw_bpf::{EXIT, Kind, MOVE, Place, Program, check, instruction};
 
 /// ETHTOOL_STXCSUM of linux/ethtool.h.
 const ETHTOOL_STXCSUM: u32 = 0x17;
-const BPF_LINK_CREATE: libc::c_long = 28;
-const BPF_XDP: u32 = 37;
-const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
 
 /// Turns transmit checksum offload off, so that frames leave with whole checksums as they do on a real wire.
 ///
@@ -72,30 +69,5 @@ fn attach_pass(interface: &str) -> io::Result<OwnedFd> {
 /// # Errors
 /// If the kernel refuses.
 pub fn attach(program: &Program, interface: &str) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    #[derive(Default)]
-    struct LinkCreate {
-        prog_fd: u32,
-        target_ifindex: u32,
-        attach_type: u32,
-        flags: u32,
-        rest: [u64; 6],
-    }
-    let mut name = [0u8; 16];
-    name[..interface.len().min(15)].copy_from_slice(&interface.as_bytes()[..interface.len().min(15)]);
-    // SAFETY: `name` is a NUL-terminated string.
-    let index = unsafe { libc::if_nametoindex(name.as_ptr().cast()) };
-    if index == 0 {
-        return Err(io::Error::last_os_error());
-    }
-    bpf(
-        BPF_LINK_CREATE,
-        &LinkCreate {
-            prog_fd: program.descriptor().as_raw_fd().cast_unsigned(),
-            target_ifindex: index,
-            attach_type: BPF_XDP,
-            flags: XDP_FLAGS_DRV_MODE,
-            ..LinkCreate::default()
-        },
-    )
+    program.attach(interface, Place::XdpNative)
 }

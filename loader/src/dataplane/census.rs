@@ -9,6 +9,7 @@ use serde::Serialize;
 use sheave_common::backend::IDS_PER_ELEMENT;
 use sheave_common::config::{Config, Timeouts};
 use sheave_common::flow::{Flow, FlowKey, flags, phase};
+use sheave_common::fragment::{FragmentKey, FragmentPorts};
 use sheave_common::frontend::Frontend;
 use sheave_common::socket::{SocketKey, SocketPeer};
 use sheave_common::{Address, Ipv4Address, Ipv6Address, names};
@@ -100,6 +101,10 @@ impl Census {
             self.traffic.push(fullness(map4, &sockets::<Ipv4Address>(directory, map4)?)?);
             self.traffic.push(fullness(map6, &sockets::<Ipv6Address>(directory, map6)?)?);
         }
+        let fragments4: Map<FragmentKey<Ipv4Address>, FragmentPorts> = Map::open(directory, names::FRAGMENTS4, true)?;
+        let fragments6: Map<FragmentKey<Ipv6Address>, FragmentPorts> = Map::open(directory, names::FRAGMENTS6, true)?;
+        self.traffic.push(fullness(names::FRAGMENTS4, &fragments4)?);
+        self.traffic.push(fullness(names::FRAGMENTS6, &fragments6)?);
         Ok(())
     }
 

@@ -1,30 +1,57 @@
 //! Full maps: one service port is refused and says why, the others go on, and what was refused comes when there is room.
 
+<<<<<<< HEAD
 use std::collections::BTreeMap;
 use std::time::Duration;
+=======
+use std::collections::{BTreeMap, BTreeSet};
+>>>>>>> 2ac4174 (Tests: others' tc and XDP programs, and full maps of source ranges, interfaces and ServiceCIDRs)
 
 use sheave::config::MapSizes;
 use sheave::dataplane::{Dataplane, Usage};
+use sheave::interfaces::Role;
 use sheave::model::desired::{ServicePort, ServicePortName};
+<<<<<<< HEAD
 use sheave_common::names;
 use sheave_tests::gate::Copy;
 
 use crate::bench::{Bench, desired, in_namespace, meaning, name, service};
+=======
+use sheave::model::network::Network;
+use sheave_common::frontend::flags::SOURCE_RANGES;
+use sheave_common::{interface as element, names};
 
-/// A size that [`desired`] just fits into.
+use crate::bench::{Bench, desired, hash, in_namespace, interface, name, run, service};
+use crate::links::tcx_programs;
+>>>>>>> 2ac4174 (Tests: others' tc and XDP programs, and full maps of source ranges, interfaces and ServiceCIDRs)
+
+/// A size that [`all`] just fits into.
 struct Tight {
     map: &'static str,
     flag: &'static str,
     set: fn(&mut MapSizes),
 }
 
-const TIGHT: [Tight; 4] = [
+const TIGHT: [Tight; 5] = [
     Tight { map: names::FRONTENDS4, flag: "--max-frontends", set: |sizes| sizes.frontends = Some(4) },
     Tight { map: names::BACKENDS4, flag: "--max-backends", set: |sizes| sizes.backends = Some(4) },
     // The cluster sets, and the local set of the one that has an endpoint here; each in elements of its own.
     Tight { map: names::BACKEND_TABLE, flag: "--max-table", set: |sizes| sizes.table = Some(8) },
     Tight { map: names::SERVICE_NAMES, flag: "--max-services", set: |sizes| sizes.services = Some(3) },
+    Tight { map: names::SOURCE_RANGES4, flag: "--max-source-ranges", set: |sizes| sizes.source_ranges = Some(2) },
 ];
+
+/// A service port whose frontend is guarded by one source range.
+fn guarded(host: u8, backends: &[u8]) -> ServicePort {
+    let mut port = service(host, backends);
+    port.frontends.values_mut().for_each(|bits| *bits |= SOURCE_RANGES);
+    port.source_ranges = BTreeSet::from([Network::new([10, host, 0, 0].into(), 16).expect("a network")]);
+    port
+}
+
+fn all() -> BTreeMap<ServicePortName, ServicePort> {
+    BTreeMap::from([(name("web"), guarded(1, &[1, 2, 3])), (name("db"), guarded(2, &[4]))])
+}
 
 fn usage(dataplane: &Dataplane, map: &str) -> Usage {
     dataplane.usage().into_iter().find(|usage| usage.map == map).expect("a map that services fill")
@@ -47,18 +74,18 @@ fn a_full_map_refuses_one_service_port_names_its_flag_and_recovers() {
             let mut bench = Bench::new();
             set(&mut bench.config.sizes);
             let mut dataplane = bench.open();
-            assert!(dataplane.apply_all(desired()).failed.is_empty(), "{map}: it fits");
+            assert!(dataplane.apply_all(all()).failed.is_empty(), "{map}: it fits");
             let full = usage(&dataplane, map);
             assert_eq!((full.entries, full.refused), (full.capacity as usize, 0), "{full:?}");
 
-            let applied = dataplane.apply(one(name("late"), Some(service(3, &[1]))));
+            let applied = dataplane.apply(one(name("late"), Some(guarded(3, &[1]))));
             let [(refused, failure)] = &applied.failed.iter().collect::<Vec<_>>()[..] else { panic!("{applied:?}") };
             let text = failure.to_string();
             assert!(**refused == name("late") && text.contains(flag), "{map}: {text}");
             assert!(text.contains(map) || map == names::SERVICE_NAMES, "{map}: {text}");
             assert_eq!(usage(&dataplane, map).refused, 1);
 
-            let with_affinity = ServicePort { affinity_seconds: 60, ..service(1, &[1, 2, 3]) };
+            let with_affinity = ServicePort { affinity_seconds: 60, ..guarded(1, &[1, 2, 3]) };
             let applied = dataplane.apply(one(name("web"), Some(with_affinity)));
             assert!(!applied.failed.contains_key(&name("web")), "{map}: {applied:?}");
             let frontends = bench.view().frontends4().expect("a dump");
@@ -73,6 +100,45 @@ fn a_full_map_refuses_one_service_port_names_its_flag_and_recovers() {
             assert!(names.iter().any(|(_, name)| name.as_str() == Some("default/late:http")), "{map}");
             assert_eq!(names.len(), 2);
         }
+    });
+}
+
+/// Maps whose size no flag sets have room for more than a node has; all the same, a full one hurts only what it has no room for.
+#[test]
+fn full_maps_of_interfaces_and_service_cidrs_hurt_nobody_else_and_recover() {
+    in_namespace(|| {
+        let bench = Bench::new();
+        for name in ["pod0", "pod1"] {
+            run(&format!("ip link add {name} type veth peer name peer-{name}"));
+        }
+        let mut dataplane = bench.open();
+        dataplane.attach(&interface("pod0", Role::Pod)).expect("attached");
+        let mut interfaces = hash::<u32, element::Interface>(&bench.pin(names::INTERFACES));
+        let template = bench.view().interfaces().expect("a dump")[0].1;
+        let strangers: Vec<u32> = (1_000_000..).take(4_095).collect();
+        strangers.iter().for_each(|index| interfaces.insert(index, template, 0).expect("there is room"));
+        let error = dataplane.attach(&interface("pod1", Role::Pod)).expect_err("there is no room");
+        assert!(error.to_string().contains("interfaces is full (4096"), "{error}");
+        assert_eq!(
+            (tcx_programs("pod0"), tcx_programs("pod1")),
+            (2, 0),
+            "a program would not find its interface's role"
+        );
+        strangers.iter().for_each(|index| interfaces.remove(index).expect("removed"));
+        dataplane.attach(&interface("pod1", Role::Pod)).expect("there is room");
+        assert_eq!(tcx_programs("pod1"), 2);
+
+        let networks = |number: u16| -> BTreeSet<Network> {
+            let network = |number: u16| {
+                let [high, low] = number.to_be_bytes();
+                Network::new([100, 64 + high, low, 0].into(), 24).expect("a network")
+            };
+            (0..number).map(network).collect()
+        };
+        let error = dataplane.set_service_cidrs(&networks(257)).expect_err("there is no room");
+        assert!(error.to_string().contains("service_cidrs4 is full (256"), "{error}");
+        assert!(dataplane.apply_all(desired()).failed.is_empty(), "Services go on");
+        dataplane.set_service_cidrs(&networks(256)).expect("there is room");
     });
 }
 

@@ -188,6 +188,44 @@ fn xdp_goes_where_it_is_asked_for_and_its_mode_can_change() {
     });
 }
 
+/// Filters of another tool would vanish with ours, or keep them from being found.
+#[test]
+fn filters_of_others_stay_where_they_are_on_a_kernel_without_tcx() {
+    in_namespace(|| {
+        let bench = Bench::new();
+        run("ip link add pod0 type veth peer name peer0");
+        let old_kernel = Features { tcx: false, ..Features::detect() };
+        let mut dataplane = Dataplane::open_with(&bench.config, old_kernel).expect("opened");
+        // Any program will do for another tool's.
+        let shelf =
+            std::fs::read_dir(bench.pin("programs")).expect("a folder").next().expect("a shelf").expect("an entry");
+        let program = shelf.path().join("uplink_egress");
+        run("tc qdisc add dev pod0 clsact");
+        for hook in ["ingress", "egress"] {
+            for priority in [1, 60_000] {
+                let filter = format!("bpf direct-action object-pinned {}", program.display());
+                run(&format!("tc filter add dev pod0 {hook} prio {priority} {filter}"));
+            }
+        }
+        // Filters of others, and ours.
+        let filters = || {
+            let shown = ["ingress", "egress"].map(|hook| output(&format!("tc filter show dev pod0 {hook}")));
+            let all = shown.iter().flat_map(|text| text.lines()).filter(|line| line.contains("direct-action"));
+            let (others, ours): (Vec<&str>, Vec<&str>) =
+                all.partition(|line| line.contains("pref 1 ") || line.contains("pref 60000 "));
+            (others.len(), ours.len())
+        };
+        assert_eq!(filters(), (4, 0));
+        dataplane.attach(&interface("pod0", Role::Pod)).expect("attached");
+        dataplane.attach(&interface("pod0", Role::Pod)).expect("attached");
+        assert_eq!(filters(), (4, 2));
+        run("tc filter del dev pod0 ingress prio 1");
+        assert_eq!(filters(), (3, 2), "ours stay when theirs go");
+        dataplane.detach(interface_index("pod0")).expect("detached");
+        assert_eq!(filters(), (3, 0));
+    });
+}
+
 #[test]
 fn a_kernel_without_tcx_gets_filters_that_a_restart_replaces_and_a_cleanup_removes() {
     in_namespace(|| {

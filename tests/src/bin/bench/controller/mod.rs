@@ -32,6 +32,7 @@ pub(crate) fn sync(effort: &Effort, findings: &mut Findings, progress: &Progress
     for load in if effort.quick { vec![LOAD] } else { vec![LOAD, wide] } {
         let (services, slices) = load.typed()?;
         let (mut cold, mut warm, mut opening) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut audits, mut audit_slices) = (Vec::new(), Vec::new());
         let mut most_writes = 0;
         for round in 0..effort.syncs {
             progress.step(&format!("{load}, round {} of {}", round + 1, effort.syncs));
@@ -39,6 +40,10 @@ pub(crate) fn sync(effort: &Effort, findings: &mut Findings, progress: &Progress
                 let mut rig = Rig::new()?;
                 cold.push(rig.sync(&services, &slices)?.elapsed.as_secs_f64());
                 load.check(&rig.maps()?)?;
+                let before = processor_time();
+                let audited: Vec<f64> = rig.audit()?.into_iter().map(milliseconds).collect();
+                audits.push(milliseconds(processor_time() - before));
+                audit_slices.extend(slowest(&audited));
                 let (step, opened) = rig.restart(&services, &slices)?;
                 warm.push(step.elapsed.as_secs_f64());
                 opening.push(opened.as_secs_f64());
@@ -51,6 +56,8 @@ pub(crate) fn sync(effort: &Effort, findings: &mut Findings, progress: &Progress
         let row = "restart with nothing changed";
         findings.reach(Goal::new(row, &case, "≤ 0.3 s", Reach::AtMost(0.3), &warm));
         findings.reach(Goal::counted(row, &case, "0 writes", Reach::AtMost(0.0), count(most_writes)));
+        findings.add(format!("sync/audit, processor time/{load}"), "ms", Better::Lower, audits);
+        findings.add(format!("sync/audit, p99 of its slices/{load}"), "ms", Better::Lower, audit_slices);
         findings.add(format!("sync/full/{load}"), "s", Better::Lower, cold);
         findings.add(format!("sync/restart/{load}"), "s", Better::Lower, warm);
         findings.add(format!("sync/restart, of which opening maps and programs/{load}"), "s", Better::Lower, opening);

@@ -1,14 +1,14 @@
 //! Model and dataplane without the rest of the agent, so that only they are timed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use sheave::config::{ConnectMode, RunConfig, SourceConfig};
-use sheave::dataplane::{self, Applied, Dataplane, PinnedMaps};
+use sheave::dataplane::{self, Applied, Audit, Dataplane, PinnedMaps};
 use sheave::model::{Change, Model, ModelOptions};
 use sheave_tests::leftovers::unique_name;
 
@@ -97,6 +97,19 @@ impl Rig {
         let Some(grace) = dataplane.begin_grace() else { return Ok(0) };
         dataplane::grace_period();
         Ok(dataplane.reclaim(grace)?.written)
+    }
+
+    /// Compares everything that the kernel holds with what was written, and returns what each slice of that took.
+    pub(crate) fn audit(&mut self) -> Result<Vec<Duration>> {
+        let dataplane = self.dataplane()?;
+        let (mut audit, mut slices) = (Audit::default(), Vec::new());
+        while !audit.is_done() {
+            let started = Instant::now();
+            dataplane.audit(&mut audit, &BTreeMap::new(), &BTreeSet::new())?;
+            slices.push(started.elapsed());
+        }
+        ensure!(audit.findings.is_empty() && audit.troubles.is_empty(), "{:?} {:?}", audit.findings, audit.troubles);
+        Ok(slices)
     }
 
     /// What the kernel holds.
