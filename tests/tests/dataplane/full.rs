@@ -1,29 +1,19 @@
 //! Full maps: one service port is refused and says why, the others go on, and what was refused comes when there is room.
 
-<<<<<<< HEAD
-use std::collections::BTreeMap;
-use std::time::Duration;
-=======
 use std::collections::{BTreeMap, BTreeSet};
->>>>>>> 2ac4174 (Tests: others' tc and XDP programs, and full maps of source ranges, interfaces and ServiceCIDRs)
+use std::time::Duration;
 
 use sheave::config::MapSizes;
 use sheave::dataplane::{Dataplane, Usage};
 use sheave::interfaces::Role;
 use sheave::model::desired::{ServicePort, ServicePortName};
-<<<<<<< HEAD
-use sheave_common::names;
-use sheave_tests::gate::Copy;
-
-use crate::bench::{Bench, desired, in_namespace, meaning, name, service};
-=======
 use sheave::model::network::Network;
 use sheave_common::frontend::flags::SOURCE_RANGES;
 use sheave_common::{interface as element, names};
+use sheave_tests::gate::Copy;
 
-use crate::bench::{Bench, desired, hash, in_namespace, interface, name, run, service};
+use crate::bench::{Bench, desired, hash, in_namespace, interface, meaning, name, run, service};
 use crate::links::tcx_programs;
->>>>>>> 2ac4174 (Tests: others' tc and XDP programs, and full maps of source ranges, interfaces and ServiceCIDRs)
 
 /// A size that [`all`] just fits into.
 struct Tight {
