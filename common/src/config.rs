@@ -91,7 +91,7 @@ impl Timeouts {
     pub const fn of(&self, protocol: u8, state: u8, closing: u8) -> u32 {
         let established = state == state::ESTABLISHED;
         if protocol == PROTOCOL_UDP {
-            if established { self.udp_established } else { self.udp_new }
+            if state == state::NEW { self.udp_new } else { self.udp_established }
         } else if closing & closing::RESET != 0 {
             self.reset
         } else if closing != 0 {

@@ -67,6 +67,8 @@ reasons! {
     SourceRange = 22, "source_range";
     /// Dropped: an address inside a ServiceCIDR that no Service has.
     Unallocated = 23, "unallocated";
+    /// Forgotten: a flow that was never established, whose source port went to a new one, since none was free.
+    HalfOpenReplaced = 24, "half_open_replaced";
 }
 
 /// Number of elements of `drop_counters`: room for new reasons without a new layout.

@@ -81,9 +81,9 @@ pub struct Flow<A> {
 pub mod state {
     /// TCP: a SYN was translated, no SYN-ACK yet. UDP: no reply yet.
     pub const NEW: u8 = 0;
-    /// TCP: a SYN-ACK was seen, the handshake's last ACK not yet. Half-open flows only.
+    /// TCP: a SYN-ACK was seen, the handshake's last ACK not yet. UDP: the backend has replied. Half-open flows only.
     pub const ANSWERED: u8 = 1;
-    /// TCP: the handshake is complete. UDP: packets were seen both ways.
+    /// TCP: the handshake is complete. UDP: the client sent again after a reply, or the backend in a later second.
     pub const ESTABLISHED: u8 = 2;
 }
 

@@ -55,7 +55,7 @@ names! {
     BACKEND_LOADS = "backend_loads": "Backend id → [`crate::load::Load`].";
     CONNTRACK4 = "conntrack4": "[`crate::flow::FlowKey`] → [`crate::flow::Flow`], IPv4.";
     CONNTRACK6 = "conntrack6": "The same for IPv6.";
-    HALF_OPEN4 = "half_open4": "TCP flows whose handshake is incomplete, IPv4.";
+    HALF_OPEN4 = "half_open4": "Flows that are not established yet ([`crate::flow::state`]), IPv4.";
     HALF_OPEN6 = "half_open6": "The same for IPv6.";
     AFFINITY4 = "affinity4": "[`crate::affinity::AffinityKey`] → [`crate::affinity::Affinity`], IPv4.";
     AFFINITY6 = "affinity6": "The same for IPv6.";

@@ -1,7 +1,8 @@
 //! Flows: finding them, keeping their state, and making them.
 //!
-//! TCP and SCTP are connections, with states and a half-open map; SCTP's chunks come as TCP's flags
-//! ([`crate::packet::transport::sctp_flags`]). UDP is not.
+//! Every flow begins in the half-open map, and moves to the established one when both sides have shown that they are there, so
+//! that nothing which only claims to come from somewhere can push those out. TCP and SCTP say so by their handshakes; SCTP's
+//! chunks come as TCP's flags ([`crate::packet::transport::sctp_flags`]). With UDP, somebody speaks again after an answer.
 
 use core::mem::MaybeUninit;
 
@@ -9,7 +10,7 @@ use sheave_common::config::Config;
 use sheave_common::event::kind;
 use sheave_common::flow::{Flow, FlowKey, Tuple, closing, flags, state};
 use sheave_common::frontend::FrontendKey;
-use sheave_common::{Ipv4Address, Ipv6Address, PROTOCOL_UDP};
+use sheave_common::{DropReason, Ipv4Address, Ipv6Address, PROTOCOL_UDP};
 
 use crate::edge::Direction;
 use crate::maps::{self, ANY, Family, NOEXIST, Table};
@@ -17,7 +18,7 @@ use crate::packet::Packet;
 use crate::packet::transport::flags as tcp;
 use crate::scratch::scratch;
 use crate::versioned;
-use crate::{event, features, filter, load};
+use crate::{event, features, filter, load, observe};
 
 /// What changes in a flow's life.
 #[derive(Clone, Copy)]
@@ -117,8 +118,6 @@ fn find_changing<A: Family>(
     let Some(config) = maps::config() else { return false };
     let (element, table) = if !established.is_null() {
         (established, Table::Established)
-    } else if packet.key.protocol == PROTOCOL_UDP {
-        return false;
     } else if let Some(element) = A::flow(Table::HalfOpen, &packet.key) {
         (element, Table::HalfOpen)
     } else if packet.tcp_flags & tcp::SYN == 0
@@ -161,7 +160,10 @@ fn keep<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, packet: &Packet<A>
     let mut state = flow.state;
     let mut closing = flow.closing;
     if packet.key.protocol == PROTOCOL_UDP {
-        if reply {
+        if reply && state == state::NEW {
+            state = state::ANSWERED;
+        } else if state == state::ANSWERED && (!reply || now != flow.last_seen) {
+            // A client that asks on, or a backend that goes on telling: one answer alone may be a flood's.
             state = state::ESTABLISHED;
         }
     } else {
@@ -190,8 +192,7 @@ fn keep<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, packet: &Packet<A>
     }
 }
 
-/// Writes a change to both halves, recreates a half that was evicted, and moves a flow whose handshake is complete to
-/// the established map.
+/// Writes a change to both halves, recreates a half that was evicted, and moves a flow that has become established to that map.
 ///
 /// The two directions of a connection are often two CPUs' work, so either half may know what the other does not yet:
 /// `state` only rises and bits of `closing` are only set, and here both halves come to know what one of them does.
@@ -298,6 +299,16 @@ unsafe fn write<A: Copy>(element: *mut Flow<A>, flow: &Flow<A>) {
     }
 }
 
+/// What a new flow may have a reply tuple from, besides its client's own earlier flow and flows that have expired.
+pub mod yields {
+    /// Nobody else.
+    pub const NOTHING: u32 = 0;
+    /// Connections that are over. Their backend may still remember them (TIME-WAIT), and not like a new one on the same tuple.
+    pub const CLOSED: u32 = 1;
+    /// Those, and flows that were never established.
+    pub const HALF_OPEN: u32 = 2;
+}
+
 /// [`claim`] and [`insert`] for the new flow in this CPU's scratch. Global functions in the kernel, whose verifier looks at
 /// them once and not once for every port that is tried; so they take nothing but numbers.
 macro_rules! claims {
@@ -305,11 +316,11 @@ macro_rules! claims {
         $(
             #[unsafe(no_mangle)]
             #[inline(never)]
-            pub extern "C" fn $name(keep_closed: u32, now: u32) -> u32 {
+            pub extern "C" fn $name(yields: u32, now: u32) -> u32 {
                 let Some(scratch) = scratch::<$address>() else { return 0 };
                 // SAFETY: the scratch is this run's alone; `create` has filled both, and nothing else writes them meanwhile.
                 let (forward, flow) = unsafe { (&(*scratch).forward, (*scratch).new_flow.assume_init_ref()) };
-                u32::from(claim(forward, flow, keep_closed != 0, now) && insert(forward, flow))
+                u32::from(claim(forward, flow, yields, now) && insert(forward, flow))
             }
         )+
     };
@@ -320,47 +331,67 @@ claims! {
     claim_and_insert6: Ipv6Address;
 }
 
-/// Whether the reply tuple of a new flow is free: nobody has it, or what has it is this client's own earlier flow, or over.
-/// What is in the way and over is removed.
-///
-/// `keep_closed`: flows that are closed but not yet expired count as taken, so that a backend which still remembers the
-/// old connection (TIME-WAIT) does not get a new one on the same tuple.
+/// Whether the reply tuple of a new flow is free: nobody has it, or what has it [`yields`] and is removed.
 #[inline(always)]
-fn claim<A: Family>(forward: &FlowKey<A>, flow: &Flow<A>, keep_closed: bool, now: u32) -> bool {
-    vacate(Table::Established, forward, flow, keep_closed, now)
-        && (forward.protocol == PROTOCOL_UDP || vacate(Table::HalfOpen, forward, flow, keep_closed, now))
+fn claim<A: Family>(forward: &FlowKey<A>, flow: &Flow<A>, yields: u32, now: u32) -> bool {
+    let yields_closed = yields >= yields::CLOSED;
+    vacate(Table::Established, forward, flow, yields_closed, now)
+        && (vacate(Table::HalfOpen, forward, flow, yields_closed, now)
+            || (yields >= yields::HALF_OPEN && take_over(forward, flow)))
 }
 
 /// [`claim`] for one map. A function of its own in the kernel too, for its stack.
 #[inline(never)]
-fn vacate<A: Family>(table: Table, forward: &FlowKey<A>, flow: &Flow<A>, keep_closed: bool, now: u32) -> bool {
+fn vacate<A: Family>(table: Table, forward: &FlowKey<A>, flow: &Flow<A>, yields_closed: bool, now: u32) -> bool {
     let Some(config) = maps::config() else { return false };
     let Some(reply) = sibling_key(flow, forward) else { return false };
     let Some(element) = A::flow(table, reply) else { return true };
     // SAFETY: a map value stays readable while the program runs.
     let (own, life) = unsafe { (turns_back(element, &forward.tuple), Life::of(element)) };
-    if own || life.expired(reply.protocol, now, config) || (!keep_closed && life.closed()) {
+    if own || life.expired(reply.protocol, now, config) || (yields_closed && life.closed()) {
         A::remove_flow(table, reply);
         return true;
     }
     false
 }
 
+/// Ends the half-open flow that has a new flow's reply tuple: both halves, or its client's next packets would be sent to the backend
+/// on the new flow's tuple. A function of its own in the kernel too, for its stack.
+#[inline(never)]
+fn take_over<A: Family>(forward: &FlowKey<A>, flow: &Flow<A>) -> bool {
+    let Some(reply) = sibling_key(flow, forward) else { return false };
+    let Some(element) = A::flow(Table::HalfOpen, reply) else { return false };
+    // SAFETY: a map value stays readable while the program runs; what is read of one that is being recycled is checked below.
+    let element = unsafe { &*element };
+    if element.flags & flags::REPLY == 0 {
+        return false;
+    }
+    let Some(key) = sibling_key(element, forward) else { return false };
+    let is_its = |client: *mut Flow<A>| {
+        // SAFETY: as above.
+        maps::same_words(unsafe { &(*client).rewrite }, &flow.rewrite)
+    };
+    if A::flow(Table::HalfOpen, key).is_some_and(is_its) {
+        A::remove_flow(Table::HalfOpen, key);
+    }
+    let Some(key) = sibling_key(flow, forward) else { return false };
+    A::remove_flow(Table::HalfOpen, key);
+    observe::count(DropReason::HalfOpenReplaced);
+    true
+}
+
 /// Inserts both halves of a new flow; the reply key has been claimed. False if another CPU was faster or there is no room.
 /// A function of its own in the kernel too, for its stack.
 #[inline(never)]
 fn insert<A: Family>(forward: &FlowKey<A>, flow: &Flow<A>) -> bool {
-    let table = if forward.protocol == PROTOCOL_UDP { Table::Established } else { Table::HalfOpen };
     let (Some(sibling_key), Some(sibling)) = (sibling_key(flow, forward), sibling(flow, forward)) else {
         return false;
     };
     filter::admit(forward, flow, flow.last_seen);
-    if A::insert_flow(table, sibling_key, sibling, NOEXIST).is_err() {
+    if A::insert_flow(Table::HalfOpen, sibling_key, sibling, NOEXIST).is_err() {
         return false;
     }
-    if table == Table::HalfOpen {
-        // A stale established flow of the same client port would hide the new one.
-        A::remove_flow(Table::Established, forward);
-    }
-    A::insert_flow(table, forward, flow, ANY).is_ok()
+    // A stale established flow of the same client port would hide the new one.
+    A::remove_flow(Table::Established, forward);
+    A::insert_flow(Table::HalfOpen, forward, flow, ANY).is_ok()
 }

@@ -9,16 +9,23 @@ use sheave_common::event::kind;
 use sheave_common::flow::{Flow, flags, state};
 
 use crate::balance::{self, From, Origin};
+use crate::conntrack::yields;
 use crate::context::Context;
 use crate::packet::Packet;
 use crate::packet::network::Network;
 use crate::scratch::scratch;
 use crate::{bypass, event, features, load, maps, observe, route};
 
-/// How many source ports are tried before the connection is refused. Later tries also take ports whose last connection is
-/// closed but may be remembered by the backend.
+/// How many source ports are tried, from a random one on, before a half-open flow has to give up its own. Later tries also take
+/// ports whose last connection is closed but may be remembered by the backend.
 const PORT_ATTEMPTS: u32 = 24;
 const POLITE_ATTEMPTS: u32 = 16;
+/// How many ports are then looked at for a half-open flow before the connection is refused.
+const TAKEOVER_ATTEMPTS: u32 = 8;
+
+/// Where in the range the next half-open flow is looked for. They are taken in turn, and each new flow comes right behind: in a
+/// flood those have their turn first that have waited longest, and an honest handshake has the time of a whole round.
+static mut NEXT_TAKEOVER: u32 = 0;
 
 /// Makes the flow of a packet to a frontend and inserts both halves.
 /// `result` is filled if it succeeds. A function of its own in the kernel too, so that its stack is not the fast path's.
@@ -111,17 +118,35 @@ fn claim_port<A: Network>(flow: &mut Flow<A>, now: u32) -> Result<(), DropReason
     }
     // SAFETY: the helper takes no arguments.
     let start = unsafe { bpf_get_prandom_u32() };
-    for attempt in 0..PORT_ATTEMPTS {
+    for attempt in 0..PORT_ATTEMPTS + TAKEOVER_ATTEMPTS {
         let moved = attempt > 0 || flow.flags & (flags::REDIRECT | flags::BYPASS) == flags::REDIRECT;
+        let takes_over = attempt >= PORT_ATTEMPTS;
         if moved {
-            let port = first + start.wrapping_add(attempt) % range;
-            flow.rewrite.source_port_be = (port as u16).to_be();
+            let offset = if takes_over { next_takeover() } else { start.wrapping_add(attempt) };
+            flow.rewrite.source_port_be = ((first + offset % range) as u16).to_be();
         }
-        let keep_closed = moved && attempt < POLITE_ATTEMPTS;
-        if A::claim_and_insert(keep_closed, now) {
+        let yields = if takes_over {
+            yields::HALF_OPEN
+        } else if moved && attempt < POLITE_ATTEMPTS {
+            yields::NOTHING
+        } else {
+            yields::CLOSED
+        };
+        if A::claim_and_insert(yields, now) {
             observe::connection(flow.service_id);
             return Ok(());
         }
     }
     Err(DropReason::SnatPortsExhausted)
+}
+
+/// Moves [`NEXT_TAKEOVER`] on.
+#[inline(always)]
+fn next_takeover() -> u32 {
+    // SAFETY: an aligned word, which CPUs read and write whole. Two that read the same look for another port in their next tries.
+    unsafe {
+        let next = (&raw const NEXT_TAKEOVER).read_volatile();
+        (&raw mut NEXT_TAKEOVER).write_volatile(next.wrapping_add(1));
+        next
+    }
 }

@@ -113,10 +113,7 @@ fn translate_error<C: Context, A: Network>(
 /// The flow that an error is about, whatever its state.
 #[inline(always)]
 fn find<A: Family>(key: &FlowKey<A>) -> Option<*mut Flow<A>> {
-    match A::flow(Table::Established, key) {
-        None if key.protocol != PROTOCOL_UDP => A::flow(Table::HalfOpen, key),
-        element => element,
-    }
+    A::flow(Table::Established, key).or_else(|| A::flow(Table::HalfOpen, key))
 }
 
 /// [`find`] among the flows that bypass netfilter.

@@ -234,8 +234,8 @@ impl Network for Ipv4Address {
     }
 
     #[inline(always)]
-    fn claim_and_insert(keep_closed: bool, now: u32) -> bool {
-        conntrack::claim_and_insert4(u32::from(keep_closed), now) != 0
+    fn claim_and_insert(yields: u32, now: u32) -> bool {
+        conntrack::claim_and_insert4(yields, now) != 0
     }
 
     #[inline(always)]

@@ -298,8 +298,8 @@ impl Network for Ipv6Address {
     }
 
     #[inline(always)]
-    fn claim_and_insert(keep_closed: bool, now: u32) -> bool {
-        conntrack::claim_and_insert6(u32::from(keep_closed), now) != 0
+    fn claim_and_insert(yields: u32, now: u32) -> bool {
+        conntrack::claim_and_insert6(yields, now) != 0
     }
 
     #[inline(always)]

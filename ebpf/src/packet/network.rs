@@ -83,7 +83,7 @@ pub trait Network: Family {
     /// Chooses a backend for the new flow whose key is in this CPU's scratch, see [`crate::balance`]: 0, or the reason for a drop.
     fn choose(from: u64, now: u32) -> u32;
     /// Claims a reply tuple for the new flow in this CPU's scratch and inserts it, see [`crate::conntrack`]; false if it is taken.
-    fn claim_and_insert(keep_closed: bool, now: u32) -> bool;
+    fn claim_and_insert(yields: u32, now: u32) -> bool;
 
     /// Puts family and addresses into a route lookup.
     fn set_route(parameters: &mut RouteParameters, tuple: &Tuple<Self>);

@@ -5,7 +5,7 @@ use sheave_common::{PROTOCOL_TCP, PROTOCOL_UDP, names};
 use sheave_tests::packet::{ACK, FIN, PSH, Packet, RST, SYN, View};
 use sheave_tests::program::{NEXT, Programs, REDIRECT, Service};
 
-use crate::{BACKEND, CLIENT, VIP, address, cluster_ip, handshake, pod, two_services};
+use crate::{BACKEND, CLIENT, VIP, address, cluster_ip, edit, handshake, pod, two_services};
 
 #[test]
 fn a_connection_reaches_its_backend_and_the_client_sees_only_the_service() {
@@ -91,12 +91,50 @@ fn a_new_connection_leaves_a_backend_that_is_gone_and_an_open_one_stays() {
     assert_eq!(View(&new.packet).tuple(), format!("{CLIENT} → 10.1.0.3:8080"));
 }
 
+/// A flood of datagrams from made-up addresses would push out connections, also where a server answers each of them.
+#[test]
+fn a_udp_flow_is_half_open_until_somebody_speaks_after_an_answer() {
+    const ASKS: &str = "10.1.0.1:5000";
+    const DNS: &str = "10.96.0.10:53";
+    let query = Packet::udp(ASKS, DNS).build();
+    let answer = Packet::udp("10.1.0.2:5353", ASKS).build();
+    for later_answer in [false, true] {
+        let mut programs = two_services();
+        let states = |programs: &mut Programs, map| -> Vec<u8> {
+            programs.flows(map).unwrap().values().map(|flow| flow.state).collect()
+        };
+        for _ in 0..2 {
+            pod(&mut programs, "pod_ingress", &query);
+            assert_eq!(states(&mut programs, names::HALF_OPEN4), [state::NEW; 2]);
+        }
+        let back = pod(&mut programs, "pod_egress", &answer);
+        assert_eq!(View(&back.packet).tuple(), format!("{DNS} → {ASKS}"));
+        assert_eq!(states(&mut programs, names::HALF_OPEN4), [state::ANSWERED; 2]);
+        assert!(states(&mut programs, names::CONNTRACK4).is_empty());
+        if later_answer {
+            edit(&mut programs, names::HALF_OPEN4, |flow| flow.last_seen -= 2);
+            pod(&mut programs, "pod_egress", &answer);
+        } else {
+            pod(&mut programs, "pod_ingress", &query);
+        }
+        assert!(states(&mut programs, names::HALF_OPEN4).is_empty());
+        let flows = programs.flows(names::CONNTRACK4).unwrap();
+        assert_eq!(flows.len(), 2);
+        for (key, flow) in &flows {
+            assert_eq!((flow.state, flows[&flow.sibling_key(key)]), (state::ESTABLISHED, flow.sibling(key)));
+        }
+        let back = pod(&mut programs, "pod_egress", &answer);
+        assert_eq!(View(&back.packet).tuple(), format!("{DNS} → {ASKS}"));
+        assert_eq!(programs.counter(2).unwrap().connections, 1, "it is one flow all the time");
+    }
+}
+
 #[test]
 fn udp_moves_to_another_backend_as_soon_as_its_own_is_gone() {
     let mut programs = two_services();
     let packet = Packet::udp("10.1.0.1:5000", "10.96.0.10:53").build();
     pod(&mut programs, "pod_ingress", &packet);
-    let old = programs.flows(names::CONNTRACK4).unwrap().values().next().unwrap().backend_id;
+    let old = programs.flows(names::HALF_OPEN4).unwrap().values().next().unwrap().backend_id;
     programs.service(&cluster_ip(2, PROTOCOL_UDP, "10.96.0.10:53", &["10.1.0.3:5353"])).unwrap();
     programs
         .hash::<u32, sheave_common::backend::Backend<sheave_common::Ipv4Address>>(names::BACKENDS4)
@@ -114,7 +152,7 @@ fn udp_leaves_a_backend_that_left_every_set_before_it_is_gone() {
     let mut programs = two_services();
     let packet = Packet::udp("10.1.0.1:5000", "10.96.0.10:53").build();
     pod(&mut programs, "pod_ingress", &packet);
-    let old = programs.flows(names::CONNTRACK4).unwrap().values().next().unwrap().backend_id;
+    let old = programs.flows(names::HALF_OPEN4).unwrap().values().next().unwrap().backend_id;
     programs.service(&cluster_ip(2, PROTOCOL_UDP, "10.96.0.10:53", &["10.1.0.3:5353"])).unwrap();
     let mut backends =
         programs.hash::<u32, sheave_common::backend::Backend<sheave_common::Ipv4Address>>(names::BACKENDS4).unwrap();

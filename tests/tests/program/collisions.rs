@@ -1,6 +1,10 @@
 //! Two flows that want the same tuple after translation.
 
-use sheave_common::{PROTOCOL_TCP, PROTOCOL_UDP, names};
+use std::collections::HashSet;
+use std::net::SocketAddr;
+
+use sheave_common::config::Config;
+use sheave_common::{DropReason, PROTOCOL_TCP, PROTOCOL_UDP, names};
 use sheave_tests::packet::{ACK, Packet, RST, SYN, View};
 use sheave_tests::program::{NEXT, Programs};
 
@@ -79,16 +83,61 @@ fn when_every_source_port_is_taken_the_connection_is_dropped_and_the_others_live
     for id in 1..=4 {
         programs.service(&cluster_ip(id, PROTOCOL_UDP, &format!("10.96.0.{id}:80"), &[BACKEND])).unwrap();
     }
-    let mut sources = std::collections::HashSet::new();
+    let mut sources = HashSet::new();
     for id in 1..=3 {
         let packet = Packet::udp(CLIENT, &format!("10.96.0.{id}:80")).build();
-        sources.insert(View(&pod(&mut programs, "pod_ingress", &packet).packet).source());
+        let source = View(&pod(&mut programs, "pod_ingress", &packet).packet).source();
+        pod(&mut programs, "pod_egress", &Packet::udp(BACKEND, &source.to_string()).build());
+        pod(&mut programs, "pod_ingress", &packet);
+        sources.insert(source);
     }
     assert_eq!(sources.len(), 3);
     let last = pod(&mut programs, "pod_ingress", &Packet::udp(CLIENT, "10.96.0.4:80").build());
     assert_eq!(last.action, sheave_tests::program::DROP);
-    assert_eq!(programs.dropped(sheave_common::DropReason::SnatPortsExhausted).unwrap(), 1);
+    assert_eq!(programs.dropped(DropReason::SnatPortsExhausted).unwrap(), 1);
     assert_eq!(programs.flows(names::CONNTRACK4).unwrap().len(), 6);
+}
+
+/// A flood of SYNs would take every source port, and nobody else could connect until it is forgotten.
+#[test]
+fn a_half_open_flow_gives_its_source_port_away_and_an_established_one_does_not() {
+    let range = |config: &mut Config| (config.snat_port_first, config.snat_port_last) = (61_000, 61_001);
+    let mut programs = Programs::load_with(range).unwrap();
+    let vip = |id: u32| format!("10.96.0.{id}:80");
+    for id in 1..=6 {
+        programs.service(&cluster_ip(id, PROTOCOL_TCP, &vip(id), &[BACKEND])).unwrap();
+    }
+    let send = |programs: &mut Programs, id, flags| {
+        let out = pod(programs, "pod_ingress", &Packet::tcp(CLIENT, &vip(id), flags).build());
+        (out.action == NEXT).then(|| View(&out.packet).source())
+    };
+    let answer = |programs: &mut Programs, to: SocketAddr| {
+        let back = pod(programs, "pod_egress", &Packet::tcp(BACKEND, &to.to_string(), SYN | ACK).build());
+        View(&back.packet).source().to_string()
+    };
+    // The first keeps the client's port, the next two have one of the range, and all but the last one have been answered.
+    let first: Vec<SocketAddr> = (1..=3).map(|id| send(&mut programs, id, SYN).unwrap()).collect();
+    for (id, source) in [1, 2].into_iter().zip(&first) {
+        assert_eq!(answer(&mut programs, *source), vip(id));
+    }
+    let mut taken = HashSet::new();
+    for id in [4, 5] {
+        let source = send(&mut programs, id, SYN).expect("a port of one that is half-open");
+        assert!(first[1..].contains(&source), "{source} of {first:?}");
+        assert_eq!(answer(&mut programs, source), vip(id), "the port is the new flow's");
+        assert_eq!(send(&mut programs, id, ACK), Some(source));
+        taken.insert(source);
+    }
+    assert_eq!(taken.len(), 2, "they are taken in turn");
+    assert_eq!(programs.dropped(DropReason::HalfOpenReplaced).unwrap(), 2);
+    assert_eq!(programs.flows(names::HALF_OPEN4).unwrap().len(), 2, "both halves of a flow go");
+    assert_eq!(send(&mut programs, 2, ACK), None, "its connection is no longer known");
+    // What is left is the first one's own port, which is not of the range, and two that are established.
+    assert_eq!(send(&mut programs, 6, SYN), None);
+    assert_eq!(programs.dropped(DropReason::SnatPortsExhausted).unwrap(), 1);
+    // A port that becomes free is used at once.
+    send(&mut programs, 4, RST);
+    assert!(send(&mut programs, 6, SYN).is_some_and(|source| taken.contains(&source)));
 }
 
 #[test]

@@ -51,6 +51,7 @@ fn a_connection_reaches_its_backend_and_the_client_sees_only_the_service() {
         (Packet::tcp(CLIENT, VIP, SYN), Packet::tcp(BACKEND, CLIENT, SYN | ACK)),
         (Packet::tcp(CLIENT, VIP, ACK), Packet::tcp(BACKEND, CLIENT, PSH | ACK).payload(b"hello")),
         (Packet::udp(CLIENT, DNS), Packet::udp(DNS_BACKEND, CLIENT)),
+        (Packet::udp(CLIENT, DNS), Packet::udp(DNS_BACKEND, CLIENT)),
     ] {
         let (frontend, backend) = match View(&there.build()).protocol() {
             PROTOCOL_TCP => (VIP, BACKEND),

@@ -4,21 +4,13 @@ use std::sync::Barrier;
 
 use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::backend::Backend;
-use sheave_common::flow::{Flow, FlowKey, closing, flags, state};
+use sheave_common::flow::{closing, flags, state};
 use sheave_common::{Ipv4Address, PROTOCOL_TCP, names};
 use sheave_tests::packet::{ACK, FIN, PSH, Packet, RST, SYN, View};
 use sheave_tests::program::{NEXT, Programs};
 use sheave_tests::raw_bpf;
 
-use crate::{BACKEND, CLIENT, VIP, cluster_ip, handshake, pod, two_services};
-
-/// Rewrites every flow of a map.
-fn edit(programs: &mut Programs, map: &str, change: impl Fn(&mut Flow<Ipv4Address>)) {
-    for (key, mut flow) in programs.flows(map).unwrap() {
-        change(&mut flow);
-        programs.hash::<FlowKey<Ipv4Address>, Flow<Ipv4Address>>(map).unwrap().insert(key, flow, 0).unwrap();
-    }
-}
+use crate::{BACKEND, CLIENT, VIP, cluster_ip, edit, handshake, pod, two_services};
 
 /// Replaces the TCP service's only backend, as if its pod had been replaced.
 fn replace_backend(programs: &mut Programs, endpoint: &str) {

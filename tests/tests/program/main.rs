@@ -21,8 +21,9 @@ mod vlan;
 
 use std::net::SocketAddr;
 
+use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::frontend::flags;
-use sheave_common::{PROTOCOL_TCP, PROTOCOL_UDP};
+use sheave_common::{Ipv4Address, PROTOCOL_TCP, PROTOCOL_UDP};
 use sheave_tests::packet::{ACK, Packet, SYN};
 use sheave_tests::program::{NEXT, Outcome, Programs, Service, SkbContext};
 
@@ -69,6 +70,14 @@ fn two_services() -> Programs {
         programs.service(&service).expect("service");
     }
     programs
+}
+
+/// Rewrites every flow of a map.
+fn edit(programs: &mut Programs, map: &str, change: impl Fn(&mut Flow<Ipv4Address>)) {
+    for (key, mut flow) in programs.flows(map).unwrap() {
+        change(&mut flow);
+        programs.hash::<FlowKey<Ipv4Address>, Flow<Ipv4Address>>(map).unwrap().insert(key, flow, 0).unwrap();
+    }
 }
 
 /// Runs a tc program on a packet at the pod edge.

@@ -70,7 +70,7 @@ impl Cases {
         let new_udp = Circle { protocol: PROTOCOL_UDP, ..new };
         let inserts = [
             ("inserts tcp", raw(half_open, &new, What::Inserts)?, half_open),
-            ("inserts udp", raw(conntrack, &new_udp, What::Inserts)?, conntrack),
+            ("inserts udp", raw(half_open, &new_udp, What::Inserts)?, half_open),
         ];
         let [empty_tc, empty_xdp] = super::empty()?;
         let subjects = subjects(family, uplink, [tcp, udp, snat, snat_udp]);

@@ -121,11 +121,9 @@ impl Chain {
 
     /// The map that its flows go to.
     pub(crate) fn map(&self) -> &'static str {
-        match (self.family, self.protocol) {
-            (Family::V4, PROTOCOL_TCP) => names::HALF_OPEN4,
-            (Family::V6, PROTOCOL_TCP) => names::HALF_OPEN6,
-            (Family::V4, _) => names::CONNTRACK4,
-            (Family::V6, _) => names::CONNTRACK6,
+        match self.family {
+            Family::V4 => names::HALF_OPEN4,
+            Family::V6 => names::HALF_OPEN6,
         }
     }
 
