@@ -9,6 +9,7 @@ mod audit;
 mod inputs;
 mod memory;
 mod migration;
+mod ports;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -127,6 +128,7 @@ async fn serve_until(
     };
     tasks.spawn(async { source::run(source, known, node, source_sender).await.map_err(ControllerError::from) });
     tasks.spawn(async { interfaces::run(rules, watched_addresses, interface_sender).await.map_err(From::from) });
+    tasks.spawn(ports::watch(config.pin_path.clone(), config.snat_ports));
     if let Some(time) = config.drain {
         tasks.spawn(migration::own(time, config.pin_path.clone(), over.clone()));
     }
