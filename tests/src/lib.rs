@@ -12,6 +12,7 @@ pub mod client;
 pub mod config;
 pub mod container;
 pub mod family;
+pub mod flood;
 pub mod follower;
 pub mod forward;
 pub mod gate;
