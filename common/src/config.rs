@@ -78,6 +78,8 @@ pub mod flags {
     /// Another proxy takes over: what no flow knows passes untouched, and sockets are no longer pointed at backends. Flows and
     /// sockets that are known carry on.
     pub const LEAVING: u32 = 1 << 8;
+    /// A SYN that a client sends again because nothing has answered it goes to another backend.
+    pub const SYN_FAILOVER: u32 = 1 << 9;
 }
 
 impl Timeouts {

@@ -71,6 +71,9 @@ reasons! {
     HalfOpenReplaced = 24, "half_open_replaced";
 }
 
+/// Index in `drop_counters` of what is no drop: SYNs that went to another backend than the one that had not answered.
+pub const SYN_FAILOVERS: u32 = 0;
+
 /// Number of elements of `drop_counters`: room for new reasons without a new layout.
 pub const DROP_COUNTERS: usize = 64;
 

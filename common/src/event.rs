@@ -62,6 +62,8 @@ pub mod kind {
     pub const NEW: u8 = 1;
     /// A connection was closed by both sides, or reset. Flows that fall idle end unseen.
     pub const END: u8 = 2;
+    /// A flow whose backend has not answered is given up for another one, whose flow's beginning follows.
+    pub const FAILOVER: u8 = 3;
 }
 
 crate::layout::layout!(Event, size 96, {

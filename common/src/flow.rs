@@ -55,7 +55,7 @@ pub const EDGE_UPLINK: u32 = 0;
 /// has this index.
 pub const EDGE_BYPASS: u32 = u32::MAX;
 
-/// Value of a flow. Its rewrite never changes; `last_seen`, `state` and `closing` are written in place.
+/// Value of a flow. Its rewrite never changes; `last_seen`, `state`, `closing` and `tried` are written in place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct Flow<A> {
@@ -73,8 +73,9 @@ pub struct Flow<A> {
     pub flags: u8,
     /// Bits of [`closing`], the same in both halves.
     pub closing: u8,
-    /// Zero.
-    pub reserved: u8,
+    /// When the flow was made, or a client's SYN sent on again: the lowest octet of CLOCK_MONOTONIC in units of 2^24
+    /// nanoseconds (16.8 ms). Counts while no SYN-ACK has been seen.
+    pub tried: u8,
 }
 
 /// Values of [`Flow::state`].
@@ -188,7 +189,7 @@ impl<A: Copy> Flow<A> {
         place.state = self.state;
         place.flags = self.flags ^ flags::REPLY;
         place.closing = self.closing;
-        place.reserved = 0;
+        place.tried = self.tried;
     }
 
     /// Key of the mirror entry, given this entry's own key.
@@ -224,9 +225,9 @@ crate::layout::layout!(FlowKey<Ipv6Address>, size 44, {
 });
 crate::layout::layout!(Flow<Ipv4Address>, size 28, {
     rewrite @ 0 + 12, service_id @ 12 + 4, backend_id @ 16 + 4, last_seen @ 20 + 4,
-    state @ 24 + 1, flags @ 25 + 1, closing @ 26 + 1, reserved @ 27 + 1,
+    state @ 24 + 1, flags @ 25 + 1, closing @ 26 + 1, tried @ 27 + 1,
 });
 crate::layout::layout!(Flow<Ipv6Address>, size 52, {
     rewrite @ 0 + 36, service_id @ 36 + 4, backend_id @ 40 + 4, last_seen @ 44 + 4,
-    state @ 48 + 1, flags @ 49 + 1, closing @ 50 + 1, reserved @ 51 + 1,
+    state @ 48 + 1, flags @ 49 + 1, closing @ 50 + 1, tried @ 51 + 1,
 });

@@ -5,9 +5,11 @@ use core::mem::MaybeUninit;
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::backend::{self, Backend, TableElement};
+use sheave_common::flow::EDGE_UPLINK;
 use sheave_common::frontend::{BackendSet, Frontend, FrontendKey, algorithm, client_hash, flags};
 use sheave_common::{DropReason, Ipv4Address, Ipv6Address};
 
+use crate::conntrack::Found;
 use crate::maps::{self, ANY, BACKEND_TABLE, Family, NOEXIST};
 use crate::packet::network::Network;
 use crate::scratch::scratch;
@@ -15,6 +17,9 @@ use crate::{features, load, observe, versioned};
 
 /// How often a choice starts again when the set changed under it.
 const ATTEMPTS: u32 = 3;
+/// How many elements of a run are looked at for another backend than one that does not answer. More in a row are one backend's only
+/// where it outweighs all others together by more than this.
+const OTHERS: u32 = 32;
 
 /// What is remembered of a client, in one word: BPF functions take five arguments.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -50,27 +55,60 @@ pub enum Origin {
     Outside,
 }
 
-/// Where a new connection comes from, at which edge, and by which of the client's ports, in one word: BPF functions take five
-/// arguments.
+/// Where a new connection comes from, by which of the client's ports, and what became of its first attempt, in one word: BPF
+/// functions take five arguments.
 #[derive(Clone, Copy)]
 pub struct From(u64);
 
 impl From {
-    /// `edge` is the flow's ([`sheave_common::flow::FlowKey`]), `port_be` the client's port, or any number that is the
-    /// connection's own.
+    const OUTSIDE: u64 = 1 << 16;
+    const AGAIN: u64 = (Found::Unanswered as u64) << 17;
+    const ALIVE: u64 = 1 << 24;
+
+    /// Of a packet that has no flow, or one that has not been answered.
     #[inline(always)]
-    pub fn new(origin: Origin, edge: u32, port_be: u16) -> Self {
-        Self(u64::from(edge) << 32 | (origin as u64) << 16 | u64::from(port_be))
+    pub fn new(origin: Origin, found: Found) -> Self {
+        Self(if origin == Origin::Outside { Self::OUTSIDE } else { 0 } | (found as u64) << 17)
     }
 
+    /// By this port of the client's, or any number that is the connection's own.
     #[inline(always)]
-    fn edge(self) -> u32 {
+    pub fn by(self, port_be: u16) -> Self {
+        Self(self.0 | u64::from(port_be))
+    }
+
+    /// This backend has not answered, but it has answered others meanwhile if it is `alive`.
+    #[inline(always)]
+    pub fn unanswered_by(self, id: u32, alive: bool) -> Self {
+        Self(self.0 | u64::from(id) << 32 | if alive { Self::ALIVE } else { 0 })
+    }
+
+    /// Whether it is not the first attempt.
+    #[inline(always)]
+    pub fn is_again(self) -> bool {
+        self.0 & Self::AGAIN != 0
+    }
+
+    /// Where it comes from.
+    #[inline(always)]
+    pub fn origin(self) -> Origin {
+        if self.is_inside() { Origin::Inside } else { Origin::Outside }
+    }
+
+    /// The backend that has not answered; no backend has the id 0.
+    #[inline(always)]
+    fn unanswered(self) -> u32 {
         (self.0 >> 32) as u32
     }
 
     #[inline(always)]
+    fn is_alive(self) -> bool {
+        self.0 & Self::ALIVE != 0
+    }
+
+    #[inline(always)]
     fn is_inside(self) -> bool {
-        self.0 as u32 >> 16 == Origin::Inside as u32
+        self.0 & Self::OUTSIDE == 0
     }
 
     #[inline(always)]
@@ -85,8 +123,8 @@ struct Whose(u64);
 
 impl Whose {
     #[inline(always)]
-    fn new(service_id: u32, from: From) -> Self {
-        Self(u64::from(service_id) << 32 | u64::from(from.edge()))
+    fn new(service_id: u32, edge: u32) -> Self {
+        Self(u64::from(service_id) << 32 | u64::from(edge))
     }
 
     #[inline(always)]
@@ -112,20 +150,21 @@ fn set(frontend: &Frontend, from: From) -> (BackendSet, bool) {
     (if local { frontend.local } else { frontend.cluster }, local)
 }
 
-/// Chooses a backend for a process's new connection to the frontend `key`, and remembers it where the service has affinity. A
-/// function of its own in the kernel too, for its callers' stack.
+/// Chooses a backend for a process's new connection to the frontend `key`, and remembers it where the service has affinity.
+/// `number` is any that is the connection's own. A function of its own in the kernel too, for its callers' stack.
 #[inline(never)]
 pub fn choose<A: Family>(
     key: &FrontendKey<A>,
-    from: From,
+    number: u16,
     client: &A,
     now: u32,
     choice: &mut MaybeUninit<Choice<A>>,
 ) -> Result<(), DropReason> {
-    choose_into(key, from, client, now, choice)
+    choose_into(key, From::new(Origin::Inside, Found::Miss).by(number), EDGE_UPLINK, client, now, choice)
 }
 
-/// The same for the packet whose key is this CPU's scratch's `forward`, and into its `choice`.
+/// The same for the packet whose key is this CPU's scratch's `forward`, and into its `choice`. Another backend
+/// than the one that has not answered is chosen if there is one.
 #[inline(always)]
 pub fn choose_for_packet<A: Network>(from: From, now: u32) -> Result<(), DropReason> {
     let reasons = [
@@ -157,7 +196,7 @@ macro_rules! choices {
                 let (forward, choice) = unsafe { (&(*scratch).forward, &mut (*scratch).choice) };
                 let tuple = &forward.tuple;
                 let key = FrontendKey::new(tuple.destination, tuple.destination_port_be, forward.protocol);
-                match choose_into(&key, From(from), &tuple.source, now, choice) {
+                match choose_into(&key, From(from), forward.edge, &tuple.source, now, choice) {
                     Ok(()) => 0,
                     Err(reason) => reason as u32,
                 }
@@ -175,6 +214,7 @@ choices! {
 fn choose_into<A: Family>(
     key: &FrontendKey<A>,
     from: From,
+    edge: u32,
     client: &A,
     now: u32,
     choice: &mut MaybeUninit<Choice<A>>,
@@ -191,20 +231,24 @@ fn choose_into<A: Family>(
         }
         let needed = if local { backend::flags::IN_LOCAL_SET } else { backend::flags::IN_CLUSTER_SET };
         let mut last = Last::NONE;
-        let whose = Whose::new(frontend.service_id, from);
+        let whose = Whose::new(frontend.service_id, edge);
         if frontend.affinity_seconds != 0 {
             last = remembered::<A>(whose, client);
             if last != Last::NONE
                 && features::elapsed(last.new_connection(), now) < frontend.affinity_seconds
+                && (last.backend_id() != from.unanswered() || from.is_alive())
                 && candidate(last.backend_id(), frontend.service_id, needed, choice) == Ok(true)
             {
                 remember(whose, client, last.backend_id(), now);
                 return Ok(());
             }
         }
-        let offset = number(&frontend, key, client, from, last) % set.length;
+        let number = number(&frontend, key, client, from, last);
         let least = frontend.algorithm == algorithm::LEAST_CONNECTIONS && last == Last::NONE;
-        let id = pick::<A>(set, offset, least);
+        let mut id = pick::<A>(set, number % set.length, least);
+        if from.is_again() && id == from.unanswered() {
+            id = other(set.first, set.length, number, id);
+        }
         if !candidate(id, frontend.service_id, 0, choice)? {
             continue;
         }
@@ -232,6 +276,27 @@ fn pick<A: Family>(set: BackendSet, offset: u32, least: bool) -> u32 {
     load::lighter::<A>(first, element(set, (offset + distance) % set.length))
 }
 
+/// Another element of the run of `length` elements from `first` on than this one, or this one if there is none near: first a place
+/// that the number decides on, each of the others being as likely, then those behind it. A global function in the kernel: its
+/// verifier looks at the loop once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn other(first: u32, length: u32, number: u32, unanswered: u32) -> u32 {
+    if length < 2 {
+        return unanswered;
+    }
+    let set = BackendSet { first, length };
+    let mut offset = number % length + 1 + number / length % (length - 1);
+    for _ in 0..OTHERS {
+        let id = element(set, offset % length);
+        if id != unanswered {
+            return id;
+        }
+        offset += 1;
+    }
+    unanswered
+}
+
 /// An element of a set's run: a backend's id, which is to be checked, because it may be written at the same time.
 #[inline(always)]
 fn element(set: BackendSet, offset: u32) -> u32 {
@@ -245,7 +310,8 @@ fn element(set: BackendSet, offset: u32) -> u32 {
 /// The number that decides on an element of a set's run.
 #[inline(always)]
 fn number<A: Family>(frontend: &Frontend, key: &FrontendKey<A>, client: &A, from: From, last: Last) -> u32 {
-    if frontend.algorithm == algorithm::MAGLEV {
+    // By a hash, a connection that is tried again and again would get one of the same two.
+    if frontend.algorithm == algorithm::MAGLEV && !from.is_again() {
         let port_be = if frontend.affinity_seconds == 0 { from.port_be() } else { 0 };
         return hash(client, port_be, key.port_be, key.protocol);
     }
@@ -254,7 +320,7 @@ fn number<A: Family>(frontend: &Frontend, key: &FrontendKey<A>, client: &A, from
         // two connections of one client that come at once go to one backend.
         return hash(client, last.backend_id() as u16, last.new_connection() as u16, key.protocol);
     }
-    if frontend.algorithm == algorithm::ROUND_ROBIN {
+    if frontend.algorithm == algorithm::ROUND_ROBIN && !from.is_again() {
         return observe::connections(frontend.service_id);
     }
     // SAFETY: the helper takes no arguments.

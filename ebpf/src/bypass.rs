@@ -9,13 +9,14 @@ use aya_ebpf::helpers::generated::{bpf_redirect_peer, bpf_skb_change_type};
 use sheave_common::flow::{EDGE_BYPASS, Flow, FlowKey, flags};
 use sheave_common::interface::flags as interface_flags;
 
+use crate::conntrack::{self, Found};
 use crate::context::Context;
 use crate::edge::Direction;
+use crate::features;
 use crate::maps::INTERFACES_MAP;
 use crate::packet::network::Network;
 use crate::packet::{Packet, ethernet};
 use crate::route::{self, Route};
-use crate::{conntrack, features};
 
 /// The kernel's PACKET_HOST (linux/if_packet.h)
 const PACKET_HOST: u32 = 0;
@@ -34,9 +35,9 @@ pub fn settle<C: Context, A: Network>(ctx: &C, forward: &mut FlowKey<A>, flow: &
 
 /// As [`conntrack::find`] at a hook where packets enter, for the flows that bypass netfilter.
 #[inline(always)]
-pub fn find<A: Network>(packet: &mut Packet<A>, now: u32, result: &mut MaybeUninit<Flow<A>>) -> bool {
+pub fn find<A: Network>(packet: &mut Packet<A>, now: u32, result: &mut MaybeUninit<Flow<A>>) -> Found {
     if !features::has(features::BYPASSED) {
-        return false;
+        return Found::Miss;
     }
     let edge = packet.key.edge;
     packet.key.edge = EDGE_BYPASS;

@@ -18,7 +18,7 @@ use crate::packet::Packet;
 use crate::packet::transport::flags as tcp;
 use crate::scratch::scratch;
 use crate::versioned;
-use crate::{event, features, filter, load, observe};
+use crate::{event, failover, features, filter, load, observe};
 
 /// What changes in a flow's life.
 #[derive(Clone, Copy)]
@@ -72,23 +72,35 @@ unsafe fn turns_back<A: Family>(element: *const Flow<A>, tuple: &Tuple<A>) -> bo
     unsafe { &(*element).rewrite }.is_reverse_of(tuple)
 }
 
-/// Finds the flow of a packet and keeps its state up to date; false is a miss, which includes flows that no longer count:
+/// What is known of a packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Found {
+    /// No flow.
+    Miss = 0,
+    /// Its flow.
+    Flow = 1,
+    /// Its flow, which another may replace: the packet is a SYN that was sent before, and has not been answered ([`failover`]).
+    Unanswered = 2,
+}
+
+/// Finds the flow of a packet and keeps its state up to date. A miss includes flows that no longer count:
 /// expired ones; a SYN's or a datagram's flow whose backend no longer serves, or whose frontend is another service's by now;
 /// a SYN's flow that is closing; and flows whose packets travel the other way, which a sender on the wrong side must not
 /// change.
 ///
-/// `result` is filled if it is a hit. It is a copy: the element may be evicted and reused at any time.
+/// `result` is filled unless it is a miss. It is a copy: the element may be evicted and reused at any time.
 #[inline(always)]
-pub fn find<A: Family>(packet: &Packet<A>, direction: Direction, now: u32, result: &mut MaybeUninit<Flow<A>>) -> bool {
+pub fn find<A: Family>(packet: &Packet<A>, direction: Direction, now: u32, result: &mut MaybeUninit<Flow<A>>) -> Found {
     let established = A::flow(Table::Established, &packet.key);
     if let Some(element) = established {
         // SAFETY: a map value stays readable while the program runs.
         let flow = result.write(unsafe { maps::copy(element) });
         if !direction.applies(flow.flags) {
-            return false;
+            return Found::Miss;
         }
         if is_steady(flow, packet, now) {
-            return true;
+            return Found::Flow;
         }
     }
     find_changing(packet, direction, now, established.unwrap_or(core::ptr::null_mut()), result)
@@ -114,8 +126,8 @@ fn find_changing<A: Family>(
     now: u32,
     established: *mut Flow<A>,
     result: &mut MaybeUninit<Flow<A>>,
-) -> bool {
-    let Some(config) = maps::config() else { return false };
+) -> Found {
+    let Some(config) = maps::config() else { return Found::Miss };
     let (element, table) = if !established.is_null() {
         (established, Table::Established)
     } else if let Some(element) = A::flow(Table::HalfOpen, &packet.key) {
@@ -126,15 +138,20 @@ fn find_changing<A: Family>(
         // Another CPU moved it between the two looks.
         (element, Table::Established)
     } else {
-        return false;
+        return Found::Miss;
     };
     // SAFETY: a map value stays readable while the program runs.
     let flow = result.write(unsafe { maps::copy(element) });
     if !direction.applies(flow.flags) || !counts(flow, packet, now, config) {
-        return false;
+        return Found::Miss;
+    }
+    let unanswered = table == Table::HalfOpen && failover::is_due(flow, packet, now, config);
+    if unanswered {
+        // SAFETY: as above.
+        unsafe { failover::try_again(element) };
     }
     keep(element, flow, packet, now, table);
-    true
+    if unanswered { Found::Unanswered } else { Found::Flow }
 }
 
 /// Whether a flow still counts for this packet.
@@ -176,6 +193,7 @@ fn keep<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, packet: &Packet<A>
         if table == Table::HalfOpen {
             if reply && packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK && state == state::NEW {
                 state = state::ANSWERED;
+                failover::answered(flow.backend_id);
             } else if !reply
                 && packet.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::ACK
                 && state == state::ANSWERED
@@ -394,4 +412,23 @@ fn insert<A: Family>(forward: &FlowKey<A>, flow: &Flow<A>) -> bool {
     // A stale established flow of the same client port would hide the new one.
     A::remove_flow(Table::Established, forward);
     A::insert_flow(Table::HalfOpen, forward, flow, ANY).is_ok()
+}
+
+/// Removes both halves of a half-open flow; false, and nothing is removed, if it has been answered. The reply half goes first: a
+/// client must not see the answer to a SYN that it no longer has a flow for.
+#[inline(always)]
+pub fn remove_unanswered<A: Family>(forward: &FlowKey<A>, flow: &Flow<A>) -> bool {
+    let Some(reply) = sibling_key(flow, forward) else { return false };
+    if let Some(element) = A::flow(Table::HalfOpen, reply) {
+        // SAFETY: a map value stays readable while the program runs.
+        let (own, life) = unsafe { (turns_back(element, &forward.tuple), Life::of(element)) };
+        if own && life.state != state::NEW {
+            return false;
+        }
+        if own {
+            A::remove_flow(Table::HalfOpen, reply);
+        }
+    }
+    A::remove_flow(Table::HalfOpen, forward);
+    true
 }

@@ -14,7 +14,7 @@ use crate::context::Context;
 use crate::packet::Packet;
 use crate::packet::network::Network;
 use crate::scratch::scratch;
-use crate::{bypass, event, features, load, maps, observe, route};
+use crate::{bypass, event, failover, features, load, maps, observe, route};
 
 /// How many source ports are tried, from a random one on, before a half-open flow has to give up its own. Later tries also take
 /// ports whose last connection is closed but may be remembered by the backend.
@@ -27,10 +27,53 @@ const TAKEOVER_ATTEMPTS: u32 = 8;
 /// flood those have their turn first that have waited longest, and an honest handshake has the time of a whole round.
 static mut NEXT_TAKEOVER: u32 = 0;
 
-/// Makes the flow of a packet to a frontend and inserts both halves.
-/// `result` is filled if it succeeds. A function of its own in the kernel too, so that its stack is not the fast path's.
-#[inline(never)]
+/// Makes the flow of a packet to a frontend and inserts both halves. The flow of a SYN that has not been answered
+/// ([`From::is_again`]) is in `result` already, and stays where there is no other backend.
+/// `result` is filled if it succeeds.
+#[inline(always)]
 pub fn flow<C: Context, A: Network>(
+    ctx: &C,
+    packet: &Packet<A>,
+    from: From,
+    now: u32,
+    result: &mut MaybeUninit<Flow<A>>,
+) -> Result<(), DropReason> {
+    if choose(packet, from, now, result)? { make(ctx, packet, from.origin(), now, result) } else { Ok(()) }
+}
+
+/// Chooses a backend for a new flow, and forgets the flow that has not been answered; false if that one stays. A function of its
+/// own in the kernel too, so that its stack is not that of making the flow.
+#[inline(never)]
+fn choose<A: Network>(
+    packet: &Packet<A>,
+    from: From,
+    now: u32,
+    unanswered: &MaybeUninit<Flow<A>>,
+) -> Result<bool, DropReason> {
+    let scratch = scratch::<A>().ok_or(DropReason::RewriteFailed)?;
+    // SAFETY: the scratch is this run's alone, and this field is used here, by `make`, `choose_for_packet` and `claim_and_insert` only.
+    let forward = unsafe { &mut (*scratch).forward };
+    maps::copy_words(&packet.key, forward);
+    let from = from.by(packet.key.tuple.source_port_be);
+    if !from.is_again() {
+        balance::choose_for_packet::<A>(from, now)?;
+        return Ok(true);
+    }
+    // SAFETY: whoever says that it is not the first attempt has filled it.
+    let flow = unsafe { unanswered.assume_init_ref() };
+    let from = from.unanswered_by(flow.backend_id, failover::lives(flow));
+    if balance::choose_for_packet::<A>(from, now).is_err() {
+        return Ok(false);
+    }
+    // SAFETY: `choose_for_packet` has filled this whenever it succeeds.
+    let id = unsafe { (*scratch).choice.assume_init_ref() }.id;
+    Ok(id != flow.backend_id && failover::forget(forward, flow))
+}
+
+/// Makes the flow to the backend that [`choose`] has left in this CPU's scratch. A function of its own in the kernel too, so
+/// that its stack is not the fast path's.
+#[inline(never)]
+fn make<C: Context, A: Network>(
     ctx: &C,
     packet: &Packet<A>,
     origin: Origin,
@@ -40,7 +83,6 @@ pub fn flow<C: Context, A: Network>(
     let scratch = scratch::<A>().ok_or(DropReason::RewriteFailed)?;
     // SAFETY: the scratch is this run's alone, and these two fields are used here, by `choose` and by `claim_and_insert` only.
     let (forward, new_flow) = unsafe { (&mut (*scratch).forward, &mut (*scratch).new_flow) };
-    maps::copy_words(&packet.key, forward);
     let flow = toward_backend(packet, origin, now, new_flow)?;
     if flow.flags & flags::BYPASS != 0 {
         bypass::settle(ctx, forward, flow);
@@ -56,7 +98,7 @@ pub fn flow<C: Context, A: Network>(
     Ok(())
 }
 
-/// A flow to a backend, with the client's own port, and with its own address unless it is a hairpin.
+/// A flow to the backend that was chosen, with the client's own port, and with its own address unless it is a hairpin.
 #[inline(always)]
 fn toward_backend<'a, A: Network>(
     packet: &Packet<A>,
@@ -67,9 +109,8 @@ fn toward_backend<'a, A: Network>(
     let config = maps::config().ok_or(DropReason::RewriteFailed)?;
     let key = &packet.key;
     let client = &key.tuple.source;
-    balance::choose_for_packet::<A>(From::new(origin, key.edge, key.tuple.source_port_be), now)?;
     let scratch = scratch::<A>().ok_or(DropReason::RewriteFailed)?;
-    // SAFETY: the scratch is this run's alone, and `choose_for_packet` has filled this whenever it succeeds.
+    // SAFETY: the scratch is this run's alone, and `choose` has filled this.
     let choice = unsafe { (*scratch).choice.assume_init_ref() };
     let backend = &choice.backend;
     let hairpin = origin == Origin::Inside && backend.address == *client;
@@ -98,7 +139,7 @@ fn toward_backend<'a, A: Network>(
         (&raw mut (*flow).state).write(state::NEW);
         (&raw mut (*flow).flags).write(flow_flags | counted);
         (&raw mut (*flow).closing).write(0);
-        (&raw mut (*flow).reserved).write(0);
+        (&raw mut (*flow).tried).write(features::stamp() as u8);
         Ok(result.assume_init_mut())
     }
 }

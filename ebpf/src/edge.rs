@@ -7,7 +7,8 @@ use sheave_common::flow::{EDGE_UPLINK, Flow, flags};
 use sheave_common::frontend::{FrontendKey, flags as frontend_flags};
 use sheave_common::{DropReason, PROTOCOL_TCP, PROTOCOL_UDP};
 
-use crate::balance::Origin;
+use crate::balance::{From, Origin};
+use crate::conntrack::Found;
 use crate::context::{Addressee, Context};
 use crate::maps::{self, Family, Table};
 use crate::packet::network::Network;
@@ -84,8 +85,12 @@ fn enter<C: Context, A: Network>(
         },
         _ => return Verdict::from_bits(aside(ctx, packet, kind)),
     }
-    if !bypass::find(packet, now, flow) && !conntrack::find(packet, Direction::Ingress, now, flow) {
-        let verdict = miss(ctx, packet, origin, now, flow);
+    let found = match bypass::find(packet, now, flow) {
+        Found::Miss => conntrack::find(packet, Direction::Ingress, now, flow),
+        found => found,
+    };
+    if found != Found::Flow {
+        let verdict = miss(ctx, packet, From::new(origin, found), now, flow);
         if verdict != FLOW {
             return Verdict::from_bits(verdict);
         }
@@ -127,7 +132,7 @@ fn leave<C: Context, A: Network>(
         Kind::IcmpError => return icmp::error(ctx, packet, Direction::Egress, flow).unwrap_or(Verdict::Pass),
         _ => return Verdict::Pass,
     }
-    if !conntrack::find(packet, Direction::Egress, now, flow) {
+    if conntrack::find(packet, Direction::Egress, now, flow) == Found::Miss {
         return Verdict::Pass;
     }
     // SAFETY: `find` fills it whenever it says so.
@@ -159,13 +164,13 @@ fn apply<C: Context, A: Network>(
     if flow.flags & flags::HAIRPIN != 0 { forward::back(ctx) } else { Verdict::Pass }
 }
 
-/// What a packet that no flow knows comes to, as a verdict's bits or [`FLOW`]: a new connection if it goes to a frontend,
-/// nothing to do with us otherwise. A function of its own in the kernel too, so that its stack is not the fast path's.
+/// What a packet that no flow knows comes to, or a SYN that its flow's backend has not answered ([`From::is_again`]), as a verdict's
+/// bits or [`FLOW`]: a new connection if it goes to a frontend, nothing to do with us otherwise. A function of its own in the kernel too, so that its stack is not the fast path's.
 #[inline(never)]
 fn miss<C: Context, A: Network>(
     ctx: &C,
     packet: &Packet<A>,
-    origin: Origin,
+    from: From,
     now: u32,
     flow: &mut MaybeUninit<Flow<A>>,
 ) -> u64 {
@@ -181,21 +186,21 @@ fn miss<C: Context, A: Network>(
         _ if packet.part == Part::Later => Verdict::Drop(DropReason::Fragment),
         Unknown::Martian if C::XDP => Verdict::Pass,
         Unknown::Martian => Verdict::Drop(DropReason::MartianSource),
-        Unknown::New => match create::flow(ctx, packet, origin, now, flow) {
+        Unknown::New => match create::flow(ctx, packet, from, now, flow) {
             Ok(()) => return FLOW,
             Err(_) if C::XDP => Verdict::Pass,
-            Err(DropReason::NoEndpoint) => return refuse(ctx, packet, origin, DropReason::NoEndpoint),
+            Err(DropReason::NoEndpoint) => return refuse(ctx, packet, from.origin(), DropReason::NoEndpoint),
             Err(reason) => Verdict::Drop(reason),
         },
         _ if C::XDP => Verdict::Pass,
         Unknown::Unallocated => Verdict::Drop(DropReason::Unallocated),
-        Unknown::NoSuchPort => return refuse(ctx, packet, origin, DropReason::UnknownPort),
+        Unknown::NoSuchPort => return refuse(ctx, packet, from.origin(), DropReason::UnknownPort),
         Unknown::MidFlow if is_set(config_flags::DRAIN_FOREIGN) => Verdict::Pass,
         // A process of this node has taken a nodePort's number as its own port.
         Unknown::MidFlow if packet.key.protocol == PROTOCOL_TCP && own::connection(ctx, &packet.key.tuple) => {
             Verdict::Pass
         }
-        Unknown::MidFlow => return refuse(ctx, packet, origin, DropReason::NoFlow),
+        Unknown::MidFlow => return refuse(ctx, packet, from.origin(), DropReason::NoFlow),
     };
     verdict.to_bits()
 }

@@ -34,18 +34,29 @@ pub fn now() -> u32 {
     second
 }
 
+/// The clock at a finer grain, for what is to be told apart within a second: units of 2^24 nanoseconds (16.8 ms).
+#[inline(always)]
+pub fn stamp() -> u32 {
+    (nanoseconds() >> 24) as u32
+}
+
 /// Reads the clock; seconds.
 #[inline(always)]
 fn read_clock() -> u32 {
+    (nanoseconds() / 1_000_000_000) as u32
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC, as of the last tick where the kernel has that.
+#[inline(always)]
+fn nanoseconds() -> u64 {
     // SAFETY: the helpers take no arguments.
-    let nanoseconds = unsafe {
+    unsafe {
         if has(COARSE_CLOCK) {
             aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns()
         } else {
             aya_ebpf::helpers::generated::bpf_ktime_get_ns()
         }
-    };
-    (nanoseconds / 1_000_000_000) as u32
+    }
 }
 
 /// Seconds from `then` until `now`. Another CPU may have read the clock a moment after this one, so a `then` that is later

@@ -32,6 +32,14 @@ pub fn close<A>(flow: &mut Flow<A>) {
     }
 }
 
+/// Takes back the connection of a flow that was never answered and is forgotten.
+#[inline(always)]
+pub fn take_back<A>(flow: &Flow<A>) {
+    if flow.flags & flags::COUNTED != 0 {
+        add(flow.backend_id, -1);
+    }
+}
+
 /// Connections that a backend has.
 #[inline(always)]
 fn connections(id: u32) -> u64 {

@@ -13,6 +13,7 @@ mod context;
 mod create;
 mod edge;
 mod event;
+mod failover;
 mod features;
 mod filter;
 mod forward;

@@ -3,6 +3,7 @@
 //! `packet-trace`), of all.
 
 use sheave_common::DropReason;
+use sheave_common::drop_reason::SYN_FAILOVERS;
 
 use crate::context::Context;
 use crate::event;
@@ -16,6 +17,15 @@ use crate::verdict::Verdict;
 pub fn count(reason: DropReason) {
     if let Some(counter) = DROP_COUNTERS.get_ptr_mut(reason as u32) {
         // SAFETY: the element is this CPU's own, and the program is not preempted by itself.
+        unsafe { *counter += 1 };
+    }
+}
+
+/// Counts a SYN that goes to another backend than the one that did not answer.
+#[inline(always)]
+pub fn failover() {
+    if let Some(counter) = DROP_COUNTERS.get_ptr_mut(SYN_FAILOVERS) {
+        // SAFETY: as in `count`.
         unsafe { *counter += 1 };
     }
 }

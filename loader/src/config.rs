@@ -48,6 +48,8 @@ pub struct RunConfig {
     pub drain: Option<Duration>,
     /// Whether traffic to pods of this node bypasses netfilter.
     pub bypass_netfilter: Bypass,
+    /// Whether a SYN that is sent again, because nothing has answered it, goes to another backend.
+    pub syn_failover: bool,
     /// Where `/healthz` and `/livez` are served.
     pub healthz: BindAddresses,
     /// Where `/metrics` is served.
@@ -219,6 +221,7 @@ impl RunConfig {
             drain_foreign: DrainForeign::Auto,
             drain: None,
             bypass_netfilter: Bypass::Off,
+            syn_failover: true,
             healthz: BindAddresses(vec![
                 (Ipv4Addr::UNSPECIFIED, HEALTHZ_PORT).into(),
                 (Ipv6Addr::UNSPECIFIED, HEALTHZ_PORT).into(),

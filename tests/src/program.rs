@@ -545,9 +545,14 @@ impl Programs {
 
     /// Packets counted for a reason, over all CPUs.
     pub fn dropped(&mut self, reason: DropReason) -> Result<u64> {
+        self.counted(reason as u32)
+    }
+
+    /// An element of `drop_counters`, over all CPUs.
+    pub fn counted(&mut self, index: u32) -> Result<u64> {
         let map = self.bpf.map_mut(names::DROP_COUNTERS).context("no drop_counters")?;
         let counters: PerCpuArray<_, u64> = PerCpuArray::try_from(map)?;
-        Ok(counters.get(&(reason as u32), 0)?.iter().sum())
+        Ok(counters.get(&index, 0)?.iter().sum())
     }
 
     /// A service port's counters, over all CPUs.
@@ -573,7 +578,7 @@ pub fn default_config() -> Config {
         layout_version: sheave_common::LAYOUT_VERSION,
         next_backend_id: 1,
         next_service_id: 1,
-        flags: config_flags::CONNECT_HOST,
+        flags: config_flags::CONNECT_HOST | config_flags::SYN_FAILOVER,
         timeouts: Timeouts::DEFAULT,
         snat_port_first: 10_000,
         snat_port_last: 29_999,

@@ -162,7 +162,7 @@ fn flow(port: u16) -> (FlowKey<Ipv4Address>, Flow<Ipv4Address>) {
         state: state::ESTABLISHED,
         flags: flow_flags::REDIRECT,
         closing: 0,
-        reserved: 0,
+        tried: 0,
     };
     (key, flow)
 }

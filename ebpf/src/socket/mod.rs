@@ -14,13 +14,12 @@ use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, 
 use aya_ebpf::programs::SockAddrContext;
 use sheave_common::backend::flags as backend_flags;
 use sheave_common::config::{Config, flags as config_flags};
-use sheave_common::flow::EDGE_UPLINK;
 use sheave_common::frontend::{FrontendKey, flags};
 use sheave_common::socket::{SocketKey, SocketPeer};
 use sheave_common::{DropReason, PROTOCOL_TCP, PROTOCOL_UDP};
 
 use self::address::{Called6, Form, Ipv4, Ipv6, Mapped, SocketFamily as _};
-use crate::balance::{self, Choice, From, Origin};
+use crate::balance::{self, Choice};
 use crate::maps::{self, Family as _};
 use crate::{event, features, load, observe, versioned};
 
@@ -225,8 +224,7 @@ fn balance<F: Form>(call: &Call<'_, F>, request: Request) -> i32 {
     let client = if call.host { F::Address::node(call.config) } else { F::Address::of_namespace(call.namespace) };
     let mut choice = MaybeUninit::uninit();
     // A socket has no port yet; its cookie is as good a number of its own.
-    let from = From::new(Origin::Inside, EDGE_UPLINK, call.cookie as u16);
-    let choice = match balance::choose(&key, from, &client, features::now(), &mut choice) {
+    let choice = match balance::choose(&key, call.cookie as u16, &client, features::now(), &mut choice) {
         // SAFETY: `choose` fills it whenever it succeeds.
         Ok(()) => unsafe { choice.assume_init_ref() },
         Err(DropReason::NoEndpoint) => return refuse(call, DropReason::NoEndpoint),

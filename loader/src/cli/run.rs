@@ -57,6 +57,17 @@ pub struct RunArgs {
     /// sheave.dev/algorithm goes before it.
     #[arg(long, env = "SHEAVE_ALGORITHM", value_name = "NAME", default_value = "random", value_parser = values::algorithm)]
     algorithm: Algorithm,
+    /// Whether a client that sends its SYN again, because nothing has answered it, gets another backend.
+    #[arg(
+        long,
+        env = "SHEAVE_SYN_FAILOVER",
+        value_name = "BOOL",
+        default_value_t = true,
+        action = ArgAction::Set,
+        num_args = 0..=1,
+        default_missing_value = "true"
+    )]
+    syn_failover: bool,
     /// Source address of a pod's packets to itself through a Service, IPv4.
     #[arg(long, env = "SHEAVE_HAIRPIN_IPV4", value_name = "ADDRESS", default_value = "169.254.42.1")]
     hairpin_ipv4: Ipv4Addr,
@@ -290,6 +301,7 @@ impl RunArgs {
             drain_foreign: self.drain_foreign,
             drain: self.drain.0,
             bypass_netfilter: self.bypass_netfilter,
+            syn_failover: self.syn_failover,
             healthz: self.serve.healthz_bind_address.clone(),
             metrics: self.serve.metrics_bind_address.clone(),
             audit_period: self.audit_period.0,

@@ -74,6 +74,7 @@ fn flags_reach_the_configuration() {
         "--ignore-interfaces=docker0",
         "--nodeport-addresses=10.0.0.0/8,fd00::/8",
         "--external-ips=false",
+        "--syn-failover=false",
         "--hairpin-ipv4=169.254.1.1",
         "--hairpin-ipv6=fd00::1",
         "--timeout-syn=5",
@@ -101,6 +102,7 @@ fn flags_reach_the_configuration() {
     let networks: Vec<(IpAddr, u8)> = vec![("10.0.0.0".parse().unwrap(), 8), ("fd00::".parse().unwrap(), 8)];
     assert_eq!(config.nodeport_addresses, NodePortAddresses::Networks(networks));
     assert_eq!(config.external_ips, ExternalIps::None);
+    assert!(!config.syn_failover);
     assert_eq!((config.drain_foreign, config.drain), (DrainForeign::On, Some(Duration::from_secs(600))));
     assert_eq!(config.bypass_netfilter, Bypass::Force);
     assert_eq!(config.hairpin4.to_string(), "169.254.1.1");

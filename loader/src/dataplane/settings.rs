@@ -31,6 +31,7 @@ pub(super) fn element(old: Option<Config>, run: &RunConfig) -> Result<Config, Da
             | flag(run.drain_foreign != DrainForeign::Off, flags::DRAIN_FOREIGN)
             | flag(run.drain.is_some(), flags::LEAVING)
             | flag(run.bypass_netfilter != Bypass::Off, flags::BYPASSED)
+            | flag(run.syn_failover, flags::SYN_FAILOVER)
             | old.map_or(0, |old| old.flags & (flags::SERVICE_CIDRS4 | flags::SERVICE_CIDRS6 | flags::BYPASSED)),
         timeouts: run.timeouts,
         snat_port_first: run.snat_ports.0,

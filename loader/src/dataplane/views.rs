@@ -8,6 +8,7 @@ use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::backend::{Backend, IDS_PER_ELEMENT};
 use sheave_common::config::Config;
 use sheave_common::counter::ServiceCounter;
+use sheave_common::drop_reason::SYN_FAILOVERS;
 use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::frontend::{Frontend, FrontendKey};
 use sheave_common::interface::Interface;
@@ -180,6 +181,16 @@ impl PinnedMaps {
         let elements: BTreeMap<u32, Vec<u64>> = self.drop_counters.dump_wide()?.into_iter().collect();
         let packets = |reason: DropReason| elements.get(&(reason as u32)).map_or(0, |values| values.iter().sum());
         Ok(DropReason::ALL.iter().map(|reason| (*reason, packets(*reason))).collect())
+    }
+
+    /// How many SYNs went to another backend than the one that had not answered, summed over the CPUs.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn syn_failovers(&self) -> Result<u64, MapError> {
+        let elements = self.drop_counters.dump_wide()?.into_iter();
+        Ok(elements.filter(|(index, _)| *index == SYN_FAILOVERS).flat_map(|(_, values)| values).sum())
     }
 }
 

@@ -288,6 +288,8 @@ fn kernel(pin_path: &Path) -> Result<Vec<MetricFamily>, MapError> {
     let bytes = counters("sheave_service_bytes_total", "Their bytes, from the network header on", &SERVICE);
 
     let maps = PinnedMaps::open(pin_path)?;
+    const FAILOVERS: &str = "SYNs that went to another backend than the one that had not answered";
+    make.counter("sheave_syn_failovers_total", FAILOVERS).inc_by(maps.syn_failovers()?);
     for (reason, count) in maps.drop_counters()? {
         drops.with_label_values(&[reason.name()]).inc_by(count);
     }

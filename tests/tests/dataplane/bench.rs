@@ -156,7 +156,7 @@ pub(crate) fn insert_flow(bench: &Bench, map: &str, edge: u32, service_id: u32) 
     let tuple = Tuple { source: address, destination: address, source_port_be: port, destination_port_be: 1 };
     let key = FlowKey::new(tuple, 6, edge);
     let flow =
-        Flow { rewrite: tuple, service_id, backend_id: 1, last_seen: 1, state: 0, flags: 0, closing: 0, reserved: 0 };
+        Flow { rewrite: tuple, service_id, backend_id: 1, last_seen: 1, state: 0, flags: 0, closing: 0, tried: 0 };
     hash::<FlowKey<Ipv4Address>, Flow<Ipv4Address>>(&bench.pin(map)).insert(key, flow, 0).expect("inserted");
 }
 

@@ -126,8 +126,8 @@ layouts! {
     Tuple<V6> { source, destination, source_port_be, destination_port_be };
     FlowKey<V4> { tuple, edge, protocol, reserved };
     FlowKey<V6> { tuple, edge, protocol, reserved };
-    Flow<V4> { rewrite, service_id, backend_id, last_seen, state, flags, closing, reserved };
-    Flow<V6> { rewrite, service_id, backend_id, last_seen, state, flags, closing, reserved };
+    Flow<V4> { rewrite, service_id, backend_id, last_seen, state, flags, closing, tried };
+    Flow<V6> { rewrite, service_id, backend_id, last_seen, state, flags, closing, tried };
     BackendSet { first, length };
     Event {
         source, destination, rewritten_source, rewritten_destination, source_port_be, destination_port_be,

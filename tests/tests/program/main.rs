@@ -6,6 +6,7 @@ mod algorithms;
 mod clusterip;
 mod collisions;
 mod echo;
+mod failover;
 mod fragments;
 mod hostile;
 mod icmp;

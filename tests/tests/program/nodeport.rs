@@ -23,7 +23,7 @@ const ROUTER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
 
 /// Runs a test in a node's namespace: an uplink with a route to the client and to the other node's pods, whose next hop is
 /// known, and the programs with one TCP and one UDP service on nodePort 30080.
-fn on_a_node(endpoint: &str, local: bool, test: impl FnOnce(&mut Programs, u32) + Send) {
+pub(crate) fn on_a_node(endpoint: &str, local: bool, test: impl FnOnce(&mut Programs, u32) + Send) {
     let node = Namespace::new("node").expect("namespace");
     node.ip(&[
         "link add up0 address 02:00:00:00:00:02 type veth peer name peer0",
@@ -65,7 +65,12 @@ fn index(name: &str) -> u32 {
     unsafe { libc::if_nametoindex(name.as_ptr()) }
 }
 
-fn uplink(programs: &mut Programs, program: &str, packet: &[u8], ifindex: u32) -> sheave_tests::program::Outcome {
+pub(crate) fn uplink(
+    programs: &mut Programs,
+    program: &str,
+    packet: &[u8],
+    ifindex: u32,
+) -> sheave_tests::program::Outcome {
     programs.tc(program, packet, SkbContext { ifindex, ..SkbContext::default() }).expect("test run")
 }
 

@@ -30,8 +30,8 @@ pub(super) struct FilterArgs {
     /// Only what was dropped for this reason; the names are those of the metric `sheave_drops_total`.
     #[arg(long, env = "SHEAVE_REASON", value_name = "REASON", value_delimiter = ',', value_parser = reason)]
     reason: Vec<String>,
-    /// Only flows that begin, flows that end, or packets that don't get through.
-    #[arg(long, env = "SHEAVE_EVENT", value_name = "EVENT", value_delimiter = ',', value_parser = ["new", "end", "drop"])]
+    /// Only flows that begin, flows that end, SYNs that leave a backend which hasn't answered, or packets that don't get through.
+    #[arg(long, env = "SHEAVE_EVENT", value_name = "EVENT", value_delimiter = ',', value_parser = ["new", "end", "failover", "drop"])]
     event: Vec<String>,
 }
 

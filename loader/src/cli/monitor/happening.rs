@@ -17,7 +17,7 @@ use crate::cli::views::{ViewError, interface_name, protocol_name};
 pub(super) struct Happening {
     /// When it was read, RFC 3339.
     pub(super) time: String,
-    /// `new`, `end` or `drop`.
+    /// `new`, `end`, `failover` or `drop`.
     pub(super) event: &'static str,
     pub(super) protocol: String,
     /// Who asked; absent for a process's connect() or sendmsg().
@@ -63,6 +63,7 @@ impl Happening {
             event: match event.kind {
                 kind::NEW => "new",
                 kind::END => "end",
+                kind::FAILOVER => "failover",
                 _ => "drop",
             },
             protocol: protocol_name(event.protocol),

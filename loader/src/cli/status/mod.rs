@@ -105,6 +105,9 @@ struct Dataplane {
     maps: Vec<Fullness>,
     /// Packets by reason; without reasons that never came up.
     drops: BTreeMap<&'static str, u64>,
+    /// SYNs that went to another backend than the one that had not answered; absent if `--syn-failover` is off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    syn_failovers: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -248,6 +251,7 @@ impl Dataplane {
                 .filter(|(_, packets)| *packets > 0)
                 .map(|(reason, packets)| (reason.name(), packets))
                 .collect(),
+            syn_failovers: if bits & flags::SYN_FAILOVER != 0 { Some(maps.syn_failovers()?) } else { None },
             maps: [census.services, census.traffic].concat(),
         })
     }

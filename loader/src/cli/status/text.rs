@@ -85,6 +85,8 @@ impl Dataplane {
         let flows: Vec<String> =
             self.flows.iter().map(|flows| format!("{} {} {}", flows.flows, flows.protocol, flows.state)).collect();
         text += &line("flows", &if flows.is_empty() { "none".to_owned() } else { flows.join(", ") });
+        let failovers = self.syn_failovers.map_or_else(|| "off".to_owned(), |syns| format!("{syns} SYNs"));
+        text += &line("failover", &failovers);
 
         let interfaces = self.interfaces.iter().map(|interface| {
             let xdp = if interface.xdp { "yes" } else { "no" };

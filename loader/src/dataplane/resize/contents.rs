@@ -206,7 +206,7 @@ mod tests {
     fn flow(port_be: u16, last_seen: u32, state: u8, closing: u8) -> Flow<V4> {
         let address = V4 { octets: [10, 0, 0, 1] };
         let rewrite = Tuple { source: address, destination: address, source_port_be: port_be, destination_port_be: 1 };
-        Flow { rewrite, service_id: 1, backend_id: 1, last_seen, state, flags: 0, closing, reserved: 0 }
+        Flow { rewrite, service_id: 1, backend_id: 1, last_seen, state, flags: 0, closing, tried: 0 }
     }
 
     #[test]

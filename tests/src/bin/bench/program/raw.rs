@@ -86,7 +86,7 @@ impl Raw {
             state: state::NEW,
             flags: 0,
             closing: 0,
-            reserved: 0,
+            tried: 0,
         };
         let parts = [bytes_of(&key), bytes_of(&flow.sibling_key(&key)), bytes_of(&flow), bytes_of(&flow.sibling(&key))];
         let mut offsets = [0_i32; 4];

@@ -111,7 +111,7 @@ impl Circle {
                 state: state::ESTABLISHED,
                 flags: self.flags & !flags::REPLY,
                 closing: 0,
-                reserved: 0,
+                tried: 0,
             };
             map.insert(key, flow, 0)?;
             map.insert(flow.sibling_key(&key), flow.sibling(&key), 0)?;
