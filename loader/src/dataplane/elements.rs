@@ -137,8 +137,9 @@ pub(super) fn plan_backend<A: Ip>((id, value): &(u32, backend::Backend<A>)) -> (
     (*id, backend)
 }
 
-/// The service port that a name in the map stands for.
-pub(super) fn parse(name: &ServiceName) -> Option<ServicePortName> {
+/// The service port that a name in the map `service_names` stands for; `None` for what this program did not write.
+#[must_use]
+pub fn read_name(name: &ServiceName) -> Option<ServicePortName> {
     let (namespace, rest) = name.as_str()?.split_once('/')?;
     let (service, port) = rest.split_once(':').unwrap_or((rest, ""));
     let service = ServiceKey { namespace: intern(namespace), name: intern(service) };
@@ -155,7 +156,7 @@ mod tests {
             let service = ServiceKey { namespace: "kube-system".into(), name: "dns".into() };
             let name = ServicePortName { service, port: port.into(), protocol: Protocol::Udp };
             let stored = ServiceName::new(name.protocol.number(), &name.to_string()).expect("it fits");
-            assert_eq!(parse(&stored), Some(name));
+            assert_eq!(read_name(&stored), Some(name));
         }
     }
 }

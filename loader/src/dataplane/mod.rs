@@ -47,6 +47,7 @@ pub use attached::attached;
 pub use audit::{Audit, Finding, Kind as FindingKind};
 pub use census::{Census, Fullness};
 pub use cleanup::cleanup;
+pub use elements::read_name;
 pub use error::{DataplaneError, MapError};
 pub use handover::{Handover, Open};
 pub use listener::{ListenError, Listener};

@@ -234,7 +234,7 @@ impl Writer {
         Ok(Dump {
             frontends,
             backends,
-            names: names.iter().map(|(id, name)| (*id, elements::parse(name))).collect(),
+            names: names.iter().map(|(id, name)| (*id, elements::read_name(name))).collect(),
             source_ranges: networks::source_ranges(maps)?,
             table: views::table(maps, end)?,
             table_size: maps.table_size(),

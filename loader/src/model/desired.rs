@@ -78,6 +78,13 @@ pub struct ServicePortName {
 }
 
 impl ServicePortName {
+    /// Whether its text is another's as well, or is read as another's: the parts hold what separates them. No API server takes
+    /// such names, but a folder of manifests may have them.
+    #[must_use]
+    pub fn is_ambiguous(&self) -> bool {
+        self.service.namespace.contains('/') || self.service.name.contains(':')
+    }
+
     /// Octets of its text.
     #[must_use]
     pub fn length(&self) -> usize {

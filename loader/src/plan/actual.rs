@@ -88,7 +88,8 @@ impl Actual {
         names.sort_unstable_by_key(|(id, _)| *id);
         for (id, name) in names {
             match name {
-                Some(name) if known.insert(name.clone()) => drop(actual.names.insert(id, name)),
+                // No service port has the id 0, by which marks are known.
+                Some(name) if id != 0 && known.insert(name.clone()) => drop(actual.names.insert(id, name)),
                 _ => drop(actual.stray_names.insert(id)),
             }
         }

@@ -39,6 +39,9 @@ pub enum PlanError {
     /// The name does not fit the map `service_names`.
     #[error("the name is longer than {TEXT_LENGTH} octets")]
     NameTooLong,
+    /// Written down, the name could be another's.
+    #[error("a `/` in the namespace or a `:` in the Service's name can't be told from what separates them; rename it")]
+    NameAmbiguous,
 }
 
 /// What is known of one service port.
@@ -233,6 +236,9 @@ impl Planner {
     fn plan_wanted(&mut self, name: &ServicePortName, wanted: &Wanted, draft: &mut Draft) -> Result<(), PlanError> {
         if name.length() > TEXT_LENGTH {
             return Err(PlanError::NameTooLong);
+        }
+        if name.is_ambiguous() {
+            return Err(PlanError::NameAmbiguous);
         }
         let Some(service) = self.services.get_mut(name) else { return Ok(()) };
         let service_id = match service.id {

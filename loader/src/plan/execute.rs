@@ -115,8 +115,18 @@ impl Planner {
             Write::DeleteName { service_id } => self.forget_service(*service_id),
             _ => {}
         }
+        let left = match write {
+            Write::PutFrontend { address, .. } | Write::DeleteFrontend { address } => {
+                self.actual.frontends.get(address)
+            }
+            _ => None,
+        };
+        let left = left.map(|frontend| frontend.service_id);
         let unnamed = self.actual.apply(write);
         self.queue.runs(unnamed);
+        if let Some(service_id) = left {
+            self.queue_rest(service_id);
+        }
     }
 
     fn forget_service(&mut self, service_id: u32) {

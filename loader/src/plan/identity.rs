@@ -83,9 +83,12 @@ impl Identity {
         })
     }
 
-    /// Gives a service id back. It is not used again before [`Self::swept`].
+    /// Gives a service id back. It is not used again before [`Self::swept`]; never, if this program would not have given it out
+    /// and only found it in the maps.
     pub fn retire_service(&mut self, id: u32) {
-        self.unswept.insert(id);
+        if (1..self.service_limit).contains(&id) {
+            self.unswept.insert(id);
+        }
     }
 
     /// The next ids to write to the config map before ids allocated so far are used; `None` if what is there will do.
@@ -143,6 +146,17 @@ mod tests {
         assert_eq!(identity.allocate_service(), Some(65), "3 to 64 may still be carried by flows");
         identity.swept(&BTreeSet::from([3, 4]));
         assert_eq!(identity.allocate_service(), Some(3));
+    }
+
+    #[test]
+    fn ids_that_no_service_can_have_are_not_used_though_the_maps_had_them() {
+        let mut identity = Identity::restore(0, 0, [], &BTreeSet::from([0, 7]), 3);
+        for id in [0, 7] {
+            identity.retire_service(id);
+        }
+        identity.swept(&BTreeSet::from_iter(0..8));
+        let ids: Vec<u32> = std::iter::from_fn(|| identity.allocate_service()).collect();
+        assert_eq!(ids, [1, 2]);
     }
 
     #[test]

@@ -135,6 +135,23 @@ impl Planner {
         Batch { operations, refused: BTreeMap::new() }
     }
 
+    /// Queues what is left of a service port that is gone, once no frontend is its. When it was given up, one may have stayed
+    /// because the service port that takes it over could not be planned.
+    pub(super) fn queue_rest(&mut self, service_id: u32) {
+        let name = self.actual.names.get(&service_id);
+        let service = name.and_then(|name| self.services.get(name));
+        let is_wanted = service.is_some_and(|service| service.desired.is_some());
+        if is_wanted || self.actual.frontends_of(service_id).next().is_some() {
+            return;
+        }
+        let backends = self.actual.backends.of(service_id).iter().map(|held| (held.endpoint(), held.id));
+        self.queue.backends(service_id, backends);
+        self.queue.source_ranges(self.actual.source_ranges_of(service_id).map(|network| (service_id, network)));
+        if let Some(name) = name {
+            self.queue.service(name.clone());
+        }
+    }
+
     /// Queues whatever the kernel holds that belongs to no service port.
     pub(super) fn queue_strays(&mut self) {
         let backends = &self.actual.backends;

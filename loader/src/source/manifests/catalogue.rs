@@ -21,7 +21,7 @@ struct File {
 
 /// All files of the folder.
 #[derive(Debug)]
-pub(super) struct Catalogue {
+pub struct Catalogue {
     node_name: String,
     files: BTreeMap<OsString, File>,
     /// Which files give an object.
@@ -33,7 +33,9 @@ pub(super) struct Catalogue {
 }
 
 impl Catalogue {
-    pub(super) const fn new(node_name: String) -> Self {
+    /// Of an empty folder. Nodes that are not the one of this name don't count.
+    #[must_use]
+    pub const fn new(node_name: String) -> Self {
         Self {
             node_name,
             files: BTreeMap::new(),
@@ -49,7 +51,7 @@ impl Catalogue {
     }
 
     /// Somebody looked at a file, and this is what came of it.
-    pub(super) fn see(&mut self, name: &OsStr, text: io::Result<String>) {
+    pub fn see(&mut self, name: &OsStr, text: io::Result<String>) {
         let Some(format) = Format::of(name) else { return };
         match text {
             Ok(text) => self.put(name, format, &text),
@@ -87,7 +89,7 @@ impl Catalogue {
     }
 
     /// What has to be done to what was reported, to match the files.
-    pub(super) fn take_changes(&mut self) -> Vec<Change> {
+    pub fn take_changes(&mut self) -> Vec<Change> {
         let mut changes = Vec::new();
         for key in std::mem::take(&mut self.touched) {
             let giver = self.givers.get(&key).and_then(|givers| givers.first());

@@ -17,7 +17,7 @@ use tokio::sync::mpsc::Sender;
 
 use super::{SourceError, SourceEvent};
 use crate::model::Change;
-use catalogue::Catalogue;
+pub use catalogue::Catalogue;
 use document::Format;
 use watch::{Touched, Watch};
 
