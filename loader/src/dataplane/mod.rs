@@ -40,6 +40,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
+use sheave_common::config::Timeouts;
 use sheave_common::interface::{self, flags};
 use tracing::{debug, info};
 
@@ -221,19 +222,29 @@ impl Dataplane {
         Ok(applied)
     }
 
-    /// Sweeps flows of interfaces that are gone, and of service ids that are to be used again.
+    /// Sweeps flows of interfaces that are gone, and of service ids that are to be used again. Ids that open connections carry
+    /// wait until those have ended.
     ///
     /// # Errors
     ///
     /// If the flow maps can't be read or written; the sweep is tried again by the next call.
     pub fn sweep(&mut self) -> Result<(), DataplaneError> {
         self.sweep_edges()?;
-        let service_ids = self.planner.service_ids_to_sweep();
-        if !service_ids.is_empty() {
-            let swept = sweep::services(&self.writer.maps, &service_ids)?;
-            debug!(swept, service_ids = service_ids.len(), "swept flows of services that are gone");
-            self.planner.swept(&service_ids);
+        let mut service_ids = self.planner.service_ids_to_sweep();
+        if service_ids.is_empty() {
+            return Ok(());
         }
+        let maps = &self.writer.maps;
+        let mut in_use = BTreeSet::new();
+        // Where no id is left, a Service that is to be served counts for more than connections to one that is gone.
+        if !self.planner.is_short_of_service_ids() {
+            let timeouts = maps.config.get(&0)?.map_or(Timeouts::DEFAULT, |config| config.timeouts);
+            in_use = sweep::in_use(maps, &service_ids, &timeouts, monotonic_seconds())?;
+            service_ids.retain(|id| !in_use.contains(id));
+        }
+        let swept = sweep::services(maps, &service_ids)?;
+        debug!(swept, service_ids = service_ids.len(), in_use = in_use.len(), "swept flows of services that are gone");
+        self.planner.swept(&service_ids, in_use);
         Ok(())
     }
 

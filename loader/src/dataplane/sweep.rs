@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 
 use aya::Pod;
-use sheave_common::Address;
 use sheave_common::affinity::AffinityKey;
-use sheave_common::flow::{Flow, FlowKey};
+use sheave_common::config::Timeouts;
+use sheave_common::flow::{Flow, FlowKey, closing};
+use sheave_common::{Address, PROTOCOL_UDP};
 
 use super::error::MapError;
 use super::map::Map;
@@ -15,6 +16,40 @@ use super::maps::{FamilyMaps, Maps};
 pub(super) fn edges(maps: &Maps, edges: &BTreeSet<u32>) -> Result<usize, MapError> {
     let gone = |edge: u32, _: u32| edges.contains(&edge);
     Ok(flows(&maps.v4, gone)? + flows(&maps.v6, gone)?)
+}
+
+/// The service ids among these that connections carry which are still open: those of a Service that is gone go on until they
+/// end. Datagrams have none: their flows end with the Service.
+pub(super) fn in_use(
+    maps: &Maps,
+    services: &BTreeSet<u32>,
+    timeouts: &Timeouts,
+    now: u32,
+) -> Result<BTreeSet<u32>, MapError> {
+    let mut used = carried(&maps.v4, services, timeouts, now)?;
+    used.append(&mut carried(&maps.v6, services, timeouts, now)?);
+    Ok(used)
+}
+
+fn carried<A: Address>(
+    maps: &FamilyMaps<A>,
+    services: &BTreeSet<u32>,
+    timeouts: &Timeouts,
+    now: u32,
+) -> Result<BTreeSet<u32>, MapError>
+where
+    FlowKey<A>: Pod,
+    Flow<A>: Pod,
+{
+    let open = |key: &FlowKey<A>, flow: &Flow<A>| {
+        let idle = now.saturating_sub(flow.last_seen);
+        let open = key.protocol != PROTOCOL_UDP
+            && !closing::is_over(flow.closing)
+            && idle <= timeouts.of(key.protocol, flow.state, flow.closing);
+        (open && services.contains(&flow.service_id)).then_some(flow.service_id)
+    };
+    let established = maps.conntrack.dump_as(open)?;
+    Ok(established.into_iter().chain(maps.half_open.dump_as(open)?).flatten().collect())
 }
 
 /// Deletes the flows and the affinity entries of these service ids. Returns how many there were.

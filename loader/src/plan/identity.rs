@@ -24,6 +24,8 @@ pub struct Identity {
     clean: BTreeSet<u32>,
     /// Free service ids that flows or affinity entries may still carry.
     unswept: BTreeSet<u32>,
+    /// Those of them that open connections carried at the last sweep.
+    in_use: BTreeSet<u32>,
 }
 
 impl Identity {
@@ -49,6 +51,7 @@ impl Identity {
             service_limit,
             clean: BTreeSet::new(),
             unswept,
+            in_use: BTreeSet::new(),
         }
     }
 
@@ -109,12 +112,19 @@ impl Identity {
     /// no other id is left.
     #[must_use]
     pub fn to_sweep(&self) -> BTreeSet<u32> {
-        let short = self.clean.is_empty() && self.next_service >= self.service_limit;
-        if short || self.unswept.len() >= SWEEP_WORTHWHILE { self.unswept.clone() } else { BTreeSet::new() }
+        let worthwhile = self.unswept.len() >= self.in_use.len() + SWEEP_WORTHWHILE;
+        if worthwhile || self.is_short_of_services() { self.unswept.clone() } else { BTreeSet::new() }
     }
 
-    /// No flow and no affinity entry carries these ids any more.
-    pub fn swept(&mut self, ids: &BTreeSet<u32>) {
+    /// Whether [`Self::allocate_service`] has none to give.
+    #[must_use]
+    pub fn is_short_of_services(&self) -> bool {
+        self.clean.is_empty() && self.next_service >= self.service_limit
+    }
+
+    /// No flow and no affinity entry carries these ids any more; open connections carry those that are `in_use`.
+    pub fn swept(&mut self, ids: &BTreeSet<u32>, in_use: BTreeSet<u32>) {
+        self.in_use = in_use;
         for id in ids {
             if self.unswept.remove(id) {
                 self.clean.insert(*id);
@@ -144,7 +154,7 @@ mod tests {
         let mut identity = Identity::restore(65, 65, [3, 70], &BTreeSet::from([1, 2]), 1_000);
         assert_eq!(identity.allocate_backend(), Some(71), "an id in use beats a config that says less");
         assert_eq!(identity.allocate_service(), Some(65), "3 to 64 may still be carried by flows");
-        identity.swept(&BTreeSet::from([3, 4]));
+        identity.swept(&BTreeSet::from([3, 4]), BTreeSet::new());
         assert_eq!(identity.allocate_service(), Some(3));
     }
 
@@ -154,7 +164,7 @@ mod tests {
         for id in [0, 7] {
             identity.retire_service(id);
         }
-        identity.swept(&BTreeSet::from_iter(0..8));
+        identity.swept(&BTreeSet::from_iter(0..8), BTreeSet::new());
         let ids: Vec<u32> = std::iter::from_fn(|| identity.allocate_service()).collect();
         assert_eq!(ids, [1, 2]);
     }
@@ -168,7 +178,7 @@ mod tests {
         assert_eq!(identity.allocate_service(), None);
         let sweep = identity.to_sweep();
         assert_eq!(sweep, BTreeSet::from([1]));
-        identity.swept(&sweep);
+        identity.swept(&sweep, BTreeSet::new());
         assert_eq!(identity.allocate_service(), Some(1));
     }
 }

@@ -174,8 +174,14 @@ impl Planner {
         self.identity.to_sweep()
     }
 
-    /// No flow and no affinity entry carries these service ids any more.
-    pub fn swept(&mut self, service_ids: &BTreeSet<u32>) {
-        self.identity.swept(service_ids);
+    /// Whether a new service port would find no id.
+    #[must_use]
+    pub fn is_short_of_service_ids(&self) -> bool {
+        self.identity.is_short_of_services()
+    }
+
+    /// No flow and no affinity entry carries these service ids any more; open connections carry those that are `in_use`.
+    pub fn swept(&mut self, service_ids: &BTreeSet<u32>, in_use: BTreeSet<u32>) {
+        self.identity.swept(service_ids, in_use);
     }
 }

@@ -13,7 +13,7 @@ use sheave::dataplane::{self, Dataplane, PinnedMaps};
 use sheave::interfaces::{Interface, Role};
 use sheave::model::desired::{Endpoint, EndpointSets, Protocol, ServiceKey, ServicePort, ServicePortName};
 use sheave_common::Ipv4Address;
-use sheave_common::flow::{Flow, FlowKey, Tuple};
+use sheave_common::flow::{Flow, FlowKey, Tuple, state};
 use sheave_common::frontend::flags::CLUSTER_IP;
 use sheave_tests::config;
 use sheave_tests::leftovers::unique_name;
@@ -149,14 +149,19 @@ pub(crate) fn hash<K: Pod, V: Pod>(pin: &Path) -> HashMap<MapData, K, V> {
     HashMap::try_from(if lru { Map::LruHashMap(map) } else { Map::HashMap(map) }).expect("a hash map of these types")
 }
 
-/// Inserts a flow of this edge and service.
+/// Inserts a flow of this edge and service, which was idle for so long that it has ended.
 pub(crate) fn insert_flow(bench: &Bench, map: &str, edge: u32, service_id: u32) {
+    insert_flow_in(bench, map, edge, service_id, (1, state::NEW, 0));
+}
+
+/// The same at this point of its life: second when it was last seen, state, closing.
+pub(crate) fn insert_flow_in(bench: &Bench, map: &str, edge: u32, service_id: u32, life: (u32, u8, u8)) {
+    let (last_seen, state, closing) = life;
     let address = Ipv4Address { octets: [10, 0, 0, 1] };
     let port = u16::try_from(edge * 16 + service_id).expect("a small number");
     let tuple = Tuple { source: address, destination: address, source_port_be: port, destination_port_be: 1 };
     let key = FlowKey::new(tuple, 6, edge);
-    let flow =
-        Flow { rewrite: tuple, service_id, backend_id: 1, last_seen: 1, state: 0, flags: 0, closing: 0, tried: 0 };
+    let flow = Flow { rewrite: tuple, service_id, backend_id: 1, last_seen, state, flags: 0, closing, tried: 0 };
     hash::<FlowKey<Ipv4Address>, Flow<Ipv4Address>>(&bench.pin(map)).insert(key, flow, 0).expect("inserted");
 }
 

@@ -2,16 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::SocketAddr;
 use std::process::Command;
 use std::time::Duration;
 
+use sheave::dataplane::monotonic_seconds;
 use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::backend::Backend;
-use sheave_common::frontend::{Frontend, FrontendKey};
+use sheave_common::flow::{closing, state};
+use sheave_common::frontend::{Frontend, FrontendKey, flags};
 use sheave_common::{Ipv4Address, service_name::ServiceName};
 use sheave_tests::process::{Process, built, eventually};
 
-use crate::bench::{Bench, desired, hash, in_namespace, insert_flow, meaning, name, service};
+use crate::bench::{Bench, desired, hash, in_namespace, insert_flow, insert_flow_in, meaning, name, service};
 
 #[test]
 fn elements_that_vanished_or_are_strangers_are_put_right_by_a_restart() {
@@ -71,6 +74,55 @@ fn a_service_id_is_used_again_only_after_its_flows_and_affinity_entries_are_swep
         let flows = view.conntrack4().expect("a dump");
         assert_eq!(flows.iter().map(|(_, flow)| flow.service_id).collect::<Vec<_>>(), [kept]);
         assert!(view.affinity4().expect("a dump").is_empty());
+    });
+}
+
+/// A download from a Service that has been deleted meanwhile would break off when enough others have been deleted, too.
+#[test]
+fn a_connection_to_a_service_that_is_gone_goes_on_and_its_id_waits_for_its_end() {
+    in_namespace(|| {
+        const MANY: u16 = 300;
+        let mut bench = Bench::new();
+        let sizes = &mut bench.config.sizes;
+        (sizes.services, sizes.frontends) = (Some(1_000), Some(1_000));
+        (sizes.backends, sizes.table) = (Some(1_000), Some(2_000));
+        let mut dataplane = bench.open();
+        let numbered = |number: u16| {
+            let [high, low] = number.to_be_bytes();
+            let mut one = service(0, &[1]);
+            one.frontends = BTreeMap::from([(SocketAddr::from(([10, 96, high, low], 80)), flags::CLUSTER_IP)]);
+            (name(&format!("service-{number}")), one)
+        };
+        assert!(dataplane.apply_all((0..MANY).map(numbered).collect()).failed.is_empty());
+        let now = monotonic_seconds();
+        let (open, over) = (1, 2);
+        insert_flow_in(&bench, "conntrack4", 0, open, (now, state::ESTABLISHED, 0));
+        insert_flow_in(&bench, "conntrack4", 0, over, (now, state::ESTABLISHED, closing::RESET));
+        assert!(dataplane.apply((0..MANY).map(|number| (numbered(number).0, None)).collect()).failed.is_empty());
+        let grace = dataplane.begin_grace().expect("they wait");
+        dataplane.reclaim(grace).expect("reclaimed");
+        let carried = || {
+            let flows = bench.view().conntrack4().expect("a dump");
+            flows.iter().map(|(_, flow)| flow.service_id).collect::<Vec<_>>()
+        };
+        assert_eq!(carried(), [open], "flows that are left");
+        // Every id that is free comes before new ones.
+        assert!(
+            dataplane
+                .apply(
+                    (0..MANY - 1)
+                        .map(|number| {
+                            let (name, one) = numbered(number);
+                            (name, Some(one))
+                        })
+                        .collect()
+                )
+                .failed
+                .is_empty()
+        );
+        let used = bench.view().service_names().expect("a dump").into_iter().map(|(id, _)| id).collect::<Vec<_>>();
+        assert!(used.contains(&over) && !used.contains(&open), "ids that are used again: {used:?}");
+        assert_eq!(carried(), [open], "flows that are left");
     });
 }
 
