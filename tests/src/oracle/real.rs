@@ -321,7 +321,8 @@ fn config(options: &Options) -> RunConfig {
         backends: Some(8_192),
         table: Some(16_384),
         conntrack: Some(65_536),
-        half_open: Some(65_536),
+        // Nobody answers here, so this is where all flows stay.
+        half_open: Some(262_144),
         affinity: Some(131_072),
         sockets: Some(64),
         ..MapSizes::default()

@@ -7,6 +7,7 @@ use aya::programs::tc::{SchedClassifier, TcAttachType};
 use sheave::config::{ConnectMode, XdpMode};
 use sheave::dataplane::{Dataplane, Features};
 use sheave::interfaces::Role;
+use sheave_common::config;
 use sheave_common::interface::flags;
 
 use crate::bench::{Bench, edges, in_namespace, insert_flow, interface, interface_index, output, run};
@@ -147,7 +148,7 @@ fn connect_time_programs_are_removed_when_they_are_switched_off() {
         bench.config.connect = ConnectMode::Off;
         drop(bench.open());
         assert_eq!(bench.links().len(), 0);
-        assert_eq!(bench.view().config().expect("readable").expect("written").flags, 0);
+        assert_eq!(bench.view().config().expect("readable").expect("written").flags, config::flags::SYN_FAILOVER);
     });
 }
 

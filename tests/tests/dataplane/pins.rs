@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use aya::maps::{Array, Map, MapData};
 use sheave::dataplane::{self, Dataplane, DataplaneError};
 use sheave::interfaces::Role;
-use sheave_common::config::Config;
+use sheave_common::config::{Config, flags};
 use sheave_common::frontend::flags::CLUSTER_IP;
 use sheave_tests::process::built;
 
@@ -81,8 +81,7 @@ fn the_settings_and_the_nodes_addresses_are_in_the_config_map() {
         assert_eq!(config.node4.octets, [192, 0, 2, 9]);
         assert_eq!(config.layout_version, sheave_common::LAYOUT_VERSION);
         assert_ne!(config.host_netns_cookie, 0, "this kernel tells the namespace's cookie");
-        let flags = sheave_common::config::flags::CONNECT_HOST | sheave_common::config::flags::DRAIN_FOREIGN;
-        assert_eq!(config.flags, flags);
+        assert_eq!(config.flags, flags::CONNECT_HOST | flags::DRAIN_FOREIGN | flags::SYN_FAILOVER);
         drop(dataplane);
         let mut dataplane = bench.open();
         dataplane.set_node_addresses(Some([192, 0, 2, 9].into()), None).expect("written");

@@ -99,7 +99,7 @@ fn judge(unit: &Unit<'_>, status: Option<ExitStatus>, summary: &Summary, limit: 
             0 => format!("{status}"),
             _ => "failed".to_owned(),
         }),
-        Some(_) if unit.test.is_some() && summary.passed != 1 => Some("did not run".to_owned()),
+        Some(_) if unit.test.is_some() && summary.passed == 0 => Some("did not run".to_owned()),
         Some(_) => None,
     }
 }
