@@ -160,7 +160,14 @@ pub fn choose<A: Family>(
     now: u32,
     choice: &mut MaybeUninit<Choice<A>>,
 ) -> Result<(), DropReason> {
-    choose_into(key, From::new(Origin::Inside, Found::Miss).by(number), EDGE_UPLINK, client, now, choice)
+    let from = From::new(Origin::Inside, Found::Miss).by(number);
+    for _ in 0..ATTEMPTS {
+        match attempt(key, from, EDGE_UPLINK, client, now, choice) {
+            Err(DropReason::BackendMissing) => {}
+            result => return result,
+        }
+    }
+    Err(DropReason::BackendMissing)
 }
 
 /// The same for the packet whose key is this CPU's scratch's `forward`, and into its `choice`. Another backend
@@ -174,7 +181,12 @@ pub fn choose_for_packet<A: Network>(from: From, now: u32) -> Result<(), DropRea
         DropReason::BackendMissing,
         DropReason::RewriteFailed,
     ];
-    let result = A::choose(from.0, now);
+    let mut result = DropReason::BackendMissing as u32;
+    for _ in 0..ATTEMPTS {
+        if result == DropReason::BackendMissing as u32 {
+            result = A::attempt(from.0, now);
+        }
+    }
     for reason in reasons {
         if result == reason as u32 {
             return Err(reason);
@@ -183,9 +195,9 @@ pub fn choose_for_packet<A: Network>(from: From, now: u32) -> Result<(), DropRea
     if result == 0 { Ok(()) } else { Err(DropReason::Contended) }
 }
 
-/// Global functions in the kernel, whose verifier looks at them once and not once for every way to get there; so they take
-/// nothing but numbers. 0, or the reason for a drop.
-macro_rules! choices {
+/// [`attempt`]. Global functions in the kernel, whose verifier looks at them once and not once for every way to get there, nor for
+/// every attempt; so they take nothing but numbers. 0, or the reason for a drop.
+macro_rules! attempts {
     ($($name:ident: $address:ty;)+) => {
         $(
             #[unsafe(no_mangle)]
@@ -196,7 +208,7 @@ macro_rules! choices {
                 let (forward, choice) = unsafe { (&(*scratch).forward, &mut (*scratch).choice) };
                 let tuple = &forward.tuple;
                 let key = FrontendKey::new(tuple.destination, tuple.destination_port_be, forward.protocol);
-                match choose_into(&key, From(from), forward.edge, &tuple.source, now, choice) {
+                match attempt(&key, From(from), forward.edge, &tuple.source, now, choice) {
                     Ok(()) => 0,
                     Err(reason) => reason as u32,
                 }
@@ -205,13 +217,14 @@ macro_rules! choices {
     };
 }
 
-choices! {
-    choose4: Ipv4Address;
-    choose6: Ipv6Address;
+attempts! {
+    attempt4: Ipv4Address;
+    attempt6: Ipv6Address;
 }
 
+/// Chooses once. [`DropReason::BackendMissing`] if the frontend or its backend is not there: the set may have changed meanwhile.
 #[inline(always)]
-fn choose_into<A: Family>(
+fn attempt<A: Family>(
     key: &FrontendKey<A>,
     from: From,
     edge: u32,
@@ -219,48 +232,39 @@ fn choose_into<A: Family>(
     now: u32,
     choice: &mut MaybeUninit<Choice<A>>,
 ) -> Result<(), DropReason> {
-    for _ in 0..ATTEMPTS {
-        let frontend = versioned::frontend(key)?.ok_or(DropReason::BackendMissing)?;
-        if frontend.flags & flags::SOURCE_RANGES != 0 && !A::in_source_ranges(frontend.service_id, *client) {
-            return Err(DropReason::SourceRange);
-        }
-        let (set, local) = set(&frontend, from);
-        if set.length == 0 {
-            let nowhere = frontend.cluster.length == 0;
-            return Err(if nowhere { DropReason::NoEndpoint } else { DropReason::NoLocalEndpoint });
-        }
-        let needed = if local { backend::flags::IN_LOCAL_SET } else { backend::flags::IN_CLUSTER_SET };
-        let mut last = Last::NONE;
-        let whose = Whose::new(frontend.service_id, edge);
-        if frontend.affinity_seconds != 0 {
-            last = remembered::<A>(whose, client);
-            if last != Last::NONE
-                && features::elapsed(last.new_connection(), now) < frontend.affinity_seconds
-                && (last.backend_id() != from.unanswered() || from.is_alive())
-                && candidate(last.backend_id(), frontend.service_id, needed, choice) == Ok(true)
-            {
-                remember(whose, client, last.backend_id(), now);
-                return Ok(());
-            }
-        }
+    let frontend = versioned::frontend(key)?.ok_or(DropReason::BackendMissing)?;
+    if frontend.flags & flags::SOURCE_RANGES != 0 && !A::in_source_ranges(frontend.service_id, *client) {
+        return Err(DropReason::SourceRange);
+    }
+    let (set, local) = set(&frontend, from);
+    if set.length == 0 {
+        let nowhere = frontend.cluster.length == 0;
+        return Err(if nowhere { DropReason::NoEndpoint } else { DropReason::NoLocalEndpoint });
+    }
+    let mut needed = if local { backend::flags::IN_LOCAL_SET } else { backend::flags::IN_CLUSTER_SET };
+    let whose = Whose::new(frontend.service_id, edge);
+    let last = if frontend.affinity_seconds == 0 { Last::NONE } else { remembered::<A>(whose, client) };
+    let mut id = last.backend_id();
+    let stays = last != Last::NONE
+        && features::elapsed(last.new_connection(), now) < frontend.affinity_seconds
+        && (id != from.unanswered() || from.is_alive())
+        && fits::<A>(id, frontend.service_id, needed);
+    if stays {
+        remember(whose, client, id, now);
+    } else {
         let number = number(&frontend, key, client, from, last);
         let least = frontend.algorithm == algorithm::LEAST_CONNECTIONS && last == Last::NONE;
-        let mut id = pick::<A>(set, number % set.length, least);
-        if from.is_again() && id == from.unanswered() {
-            id = other(set.first, set.length, number, id);
+        let mut picked = pick::<A>(set, number % set.length, least);
+        if from.is_again() && picked == from.unanswered() {
+            picked = other(set.first, set.length, number, picked);
         }
-        if !candidate(id, frontend.service_id, 0, choice)? {
-            continue;
-        }
-        if frontend.affinity_seconds == 0 {
-            return Ok(());
-        }
-        let bound = bind(whose, client, last, id, now);
-        if bound == id || candidate(bound, frontend.service_id, needed, choice)? {
-            return Ok(());
+        id = if frontend.affinity_seconds == 0 { picked } else { bind(whose, client, last, picked, now) };
+        if id == picked {
+            // The set says that it is in it.
+            needed = 0;
         }
     }
-    Err(DropReason::BackendMissing)
+    if candidate(id, frontend.service_id, needed, choice)? { Ok(()) } else { Err(DropReason::BackendMissing) }
 }
 
 /// An element of a set's run, or, for the least connections, the better of it and another one at random. 0 if there is none. A
@@ -331,6 +335,19 @@ fn number<A: Family>(frontend: &Frontend, key: &FrontendKey<A>, client: &A, from
 #[inline(never)]
 fn hash<A: Family>(client: &A, port_be: u16, frontend_port_be: u16, protocol: u8) -> u32 {
     client_hash(client, port_be, frontend_port_be, protocol)
+}
+
+/// Whether a backend is there, is this service port's, and has the flags that are needed, as far as can be told at a glance:
+/// [`candidate`] reads it whole.
+#[inline(always)]
+fn fits<A: Family>(id: u32, service_id: u32, needed: u32) -> bool {
+    A::backend(id).is_some_and(|element| {
+        // SAFETY: a map value stays readable while the program runs, and these are aligned words.
+        let (owner, flags) = unsafe {
+            ((&raw const (*element).service_id).read_volatile(), (&raw const (*element).flags).read_volatile())
+        };
+        owner == service_id && flags & needed == needed
+    })
 }
 
 /// Reads a backend into `choice`; false unless it is there, is this service port's, and has the flags that are needed. A

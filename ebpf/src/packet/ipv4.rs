@@ -229,8 +229,8 @@ impl Network for Ipv4Address {
     }
 
     #[inline(always)]
-    fn choose(from: u64, now: u32) -> u32 {
-        balance::choose4(from, now)
+    fn attempt(from: u64, now: u32) -> u32 {
+        balance::attempt4(from, now)
     }
 
     #[inline(always)]

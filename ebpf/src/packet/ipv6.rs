@@ -293,8 +293,8 @@ impl Network for Ipv6Address {
     }
 
     #[inline(always)]
-    fn choose(from: u64, now: u32) -> u32 {
-        balance::choose6(from, now)
+    fn attempt(from: u64, now: u32) -> u32 {
+        balance::attempt6(from, now)
     }
 
     #[inline(always)]

@@ -81,7 +81,7 @@ pub trait Network: Family {
     fn icmp_kind(answer: Answer) -> [u8; 2];
 
     /// Chooses a backend for the new flow whose key is in this CPU's scratch, see [`crate::balance`]: 0, or the reason for a drop.
-    fn choose(from: u64, now: u32) -> u32;
+    fn attempt(from: u64, now: u32) -> u32;
     /// Claims a reply tuple for the new flow in this CPU's scratch and inserts it, see [`crate::conntrack`]; false if it is taken.
     fn claim_and_insert(yields: u32, now: u32) -> bool;
 
