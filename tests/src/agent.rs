@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, MemoryCgroup};
 use crate::leftovers::unique_name;
 use crate::manifests::Manifests;
 use crate::netns::Namespace;
@@ -26,6 +26,8 @@ pub struct Agent {
     source: [PathBuf; 2],
     pins: PathBuf,
     cgroup: Cgroup,
+    /// Where its memory counts, if somewhere else than the test's.
+    memory: Option<MemoryCgroup>,
     arguments: Vec<String>,
     /// The program; the one that is built beside the test if absent.
     program: Option<PathBuf>,
@@ -56,6 +58,7 @@ impl Agent {
             source,
             pins: Path::new("/sys/fs/bpf").join(unique_name()),
             cgroup: Cgroup::new()?,
+            memory: None,
             arguments: arguments.iter().map(ToString::to_string).collect(),
             program: None,
             process: None,
@@ -86,7 +89,24 @@ impl Agent {
             command.args(["--xdp", "off"]);
         }
         command.args(&self.arguments).env("RUST_BACKTRACE", "1").env("NO_COLOR", "1");
+        if let Some(memory) = &self.memory {
+            memory.adopt(&mut command);
+        }
         Process::start(&format!("sheave on {}", self.node_name), &mut command)
+    }
+
+    /// Has its memory, and that of the maps that it makes, count in this cgroup from the next start on.
+    pub fn confine(&mut self, memory: MemoryCgroup) {
+        self.memory = Some(memory);
+    }
+
+    /// Where its memory counts.
+    ///
+    /// # Panics
+    /// If that is nowhere in particular.
+    #[must_use]
+    pub fn memory(&self) -> &MemoryCgroup {
+        self.memory.as_ref().expect("it is confined")
     }
 
     /// Starts it again with other arguments.

@@ -24,7 +24,7 @@ fn sweep() {
     for path in dead_entries(Path::new("/sys/fs/bpf")).into_iter().chain(dead_entries(&std::env::temp_dir())) {
         let _ = fs::remove_dir_all(path);
     }
-    if let Ok(root) = crate::cgroup::root() {
+    for root in crate::cgroup::roots() {
         for path in dead_entries(&root) {
             let _ = fs::remove_dir(path);
         }

@@ -33,6 +33,17 @@ pub enum MapError {
         /// BPF_MAP_UPDATE_ELEM's error.
         source: io::Error,
     },
+    /// There is room, but no memory for another element.
+    #[error(
+        "no memory for another element of map {map}; its elements count as this process's memory: raise its limit \
+         (resources.limits.memory)"
+    )]
+    NoMemory {
+        /// The map.
+        map: &'static str,
+        /// BPF_MAP_UPDATE_ELEM's error.
+        source: io::Error,
+    },
     /// Another failure.
     #[error("cannot {action} map {map}")]
     Access {
@@ -137,10 +148,10 @@ pub enum DataplaneError {
     /// The object file does not load.
     #[error("cannot load the BPF object")]
     Load(#[source] Box<aya::EbpfError>),
-    /// The maps do not fit into the memory that this process may use.
+    /// The maps, or the programs beside them, do not fit into the memory that this process may use.
     #[error(
-        "no memory for the maps; they count as this process's: raise its memory limit (resources.limits.memory), or give \
-         smaller maps (--max-conntrack takes most)"
+        "no memory for the maps and programs; they count as this process's: raise its memory limit \
+         (resources.limits.memory), or give smaller maps (--max-conntrack takes most)"
     )]
     NoMemory(#[source] Box<aya::EbpfError>),
     /// The verifier or the kernel refuses a program.

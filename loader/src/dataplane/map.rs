@@ -236,9 +236,10 @@ impl<K: Pod, V: Pod> Map<K, V> {
 
     fn error(&self, action: &'static str, source: io::Error) -> MapError {
         match source.raw_os_error() {
-            Some(libc::E2BIG | libc::ENOMEM | libc::ENOSPC) if action == "write to" => {
+            Some(libc::E2BIG | libc::ENOSPC) if action == "write to" => {
                 MapError::Full { map: self.name, max_entries: self.max_entries, source }
             }
+            Some(libc::ENOMEM) if action == "write to" => MapError::NoMemory { map: self.name, source },
             _ => MapError::Access { action, map: self.name, source },
         }
     }

@@ -198,9 +198,10 @@ where
 {
     let program = ebpf.program_mut(name).and_then(|program| <&mut P>::try_from(program).ok());
     let program = program.ok_or(DataplaneError::NoProgram { program: name })?;
-    load(program).map_err(|source| match error_number(&source) == Some(libc::EPERM) {
-        true => DataplaneError::NotPermitted { action: format!("load program {name}") },
-        false => DataplaneError::Program { program: name, source: Box::new(source) },
+    load(program).map_err(|source| match error_number(&source) {
+        Some(libc::EPERM) => DataplaneError::NotPermitted { action: format!("load program {name}") },
+        Some(libc::ENOMEM) => DataplaneError::NoMemory(Box::new(source.into())),
+        _ => DataplaneError::Program { program: name, source: Box::new(source) },
     })
 }
 

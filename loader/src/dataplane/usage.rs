@@ -47,7 +47,7 @@ pub(super) fn of(counts: &Counts, maps: &Maps, refused: &BTreeMap<&'static str, 
 /// The map that had no room, if that is why.
 pub(super) const fn full_map(failure: &Failure<MapError>) -> Option<&'static str> {
     match failure {
-        Failure::Write(MapError::Full { map, .. }) => Some(map),
+        Failure::Write(MapError::Full { map, .. } | MapError::NoMemory { map, .. }) => Some(map),
         Failure::Plan(PlanError::TableFull { .. }) => Some(names::BACKEND_TABLE),
         Failure::Plan(PlanError::ServiceIdsExhausted { .. }) => Some(names::SERVICE_NAMES),
         Failure::Write(_) | Failure::Plan(_) => None,
