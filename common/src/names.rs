@@ -72,7 +72,7 @@ names! {
     FRAGMENTS6 = "fragments6": "The same for IPv6.";
     SERVICE_NAMES = "service_names": "Service id → [`crate::service_name::ServiceName`].";
     SERVICE_COUNTERS = "service_counters": "Service id → [`crate::counter::ServiceCounter`] per CPU.";
-    DROP_COUNTERS = "drop_counters": "Drop reason → packets per CPU (u64).";
+    DROP_COUNTERS = "drop_counters": "Drop reason, or [`crate::drop_reason::SYN_FAILOVERS`] → packets per CPU (u64).";
     REJECT_BUDGET = "reject_budget": "0 → [`crate::counter::RejectBudget`] per CPU.";
     DESTINATIONS = "destinations": "[`crate::filter::element`] → 1.";
     SOURCES = "sources": "[`crate::filter::element`] → second.";

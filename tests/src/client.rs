@@ -414,7 +414,7 @@ fn try_connect_from(source: SocketAddr, target: SocketAddr) -> io::Result<TcpStr
 }
 
 /// An address as system calls take it, and its size.
-pub(crate) fn to_c(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
+fn to_c(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
     // SAFETY: all-zero bytes are a valid sockaddr_storage.
     let mut storage: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
     let size = match address {

@@ -1,21 +1,20 @@
 //! Packets from made-up senders, as fast as a raw socket takes them.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use sheave_common::checksum::{difference, update, update_udp};
 use sheave_common::{PROTOCOL_ICMP, PROTOCOL_ICMPV6, PROTOCOL_TCP, PROTOCOL_UDP};
+use socket2::Domain;
 
-use crate::client::to_c;
-use crate::packet::{FRAGMENT, View};
+use crate::packet::{ETHERNET, FRAGMENT, View};
+use crate::raw_packets;
 
-/// Length of an Ethernet header.
-const ETHERNET: usize = 14;
 /// How many packets one system call sends.
-const BATCH: usize = 256;
+const BATCH: u32 = 256;
 
 /// Sends copies of a frame's packet from the calling thread's network namespace, each from an address of its own, and from
 /// another port if it has ports. Returns how long that took.
@@ -23,9 +22,26 @@ const BATCH: usize = 256;
 /// # Errors
 /// If there is no route, or the kernel refuses.
 pub fn send(frame: &[u8], count: u32) -> Result<Duration> {
+    let started = Instant::now();
+    send_while(frame, |sent| count - sent)?;
+    Ok(started.elapsed())
+}
+
+/// The same for a time. Returns how many were sent.
+///
+/// # Errors
+/// As [`send`].
+pub fn send_for(frame: &[u8], length: Duration) -> Result<u32> {
+    let started = Instant::now();
+    send_while(frame, |_| if started.elapsed() < length { BATCH } else { 0 })
+}
+
+/// Sends batches until none are `left`, which is told how many were sent. Returns how many that were.
+fn send_while(frame: &[u8], left: impl Fn(u32) -> u32) -> Result<u32> {
     let (packet, to) = (&frame[ETHERNET..], View(frame).destination().ip());
-    let socket = raw_socket(to).context("a raw socket")?;
-    let mut packets = vec![packet.to_vec(); BATCH];
+    let socket = raw_packets::socket(Domain::for_address(SocketAddr::new(to, 0))).context("a raw socket")?;
+    socket.connect(&SocketAddr::new(to, 0).into()).with_context(|| format!("a route to {to}"))?;
+    let mut packets = vec![packet.to_vec(); BATCH as usize];
     let mut vectors: Vec<libc::iovec> = packets
         .iter_mut()
         .map(|packet| libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() })
@@ -39,36 +55,20 @@ pub fn send(frame: &[u8], count: u32) -> Result<Duration> {
             message
         })
         .collect();
-    let started = Instant::now();
     let mut number = 0;
-    while number < count {
-        let batch = BATCH.min((count - number) as usize);
-        for packet in &mut packets[..batch] {
+    loop {
+        let batch = BATCH.min(left(number));
+        if batch == 0 {
+            return Ok(number);
+        }
+        for packet in &mut packets[..batch as usize] {
             disguise(packet, number);
             number += 1;
         }
         // SAFETY: messages, vectors and packets outlive the call, and are as many and as long as they say.
-        let sent = unsafe { libc::sendmmsg(socket.as_raw_fd(), messages.as_mut_ptr(), batch as libc::c_uint, 0) };
+        let sent = unsafe { libc::sendmmsg(socket.as_raw_fd(), messages.as_mut_ptr(), batch, 0) };
         ensure!(sent > 0, "packet {number} to {to}: {}", io::Error::last_os_error());
-        ensure!(sent as usize == batch, "{sent} of {batch} packets to {to} were sent");
-    }
-    Ok(started.elapsed())
-}
-
-/// A raw socket for whole IP packets to an address.
-fn raw_socket(to: IpAddr) -> io::Result<OwnedFd> {
-    let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-    let (address, length) = to_c(SocketAddr::new(to, 0));
-    // SAFETY: the new descriptor is owned here and nowhere else; the address is as long as is said and outlives the call.
-    unsafe {
-        let socket = match libc::socket(family, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::IPPROTO_RAW) {
-            -1 => return Err(io::Error::last_os_error()),
-            descriptor => OwnedFd::from_raw_fd(descriptor),
-        };
-        match libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) {
-            0 => Ok(socket),
-            _ => Err(io::Error::last_os_error()),
-        }
+        ensure!(sent as u32 == batch, "{sent} of {batch} packets to {to} were sent");
     }
 }
 

@@ -5,10 +5,7 @@ use std::net::SocketAddr;
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::packet::View;
-
-/// Length of the Ethernet header that [`crate::packet::Packet`] begins with.
-const ETHERNET: usize = 14;
+use crate::packet::{ETHERNET, View};
 
 /// Raw sockets of the network namespace in which they were opened.
 #[derive(Debug)]
@@ -23,7 +20,6 @@ impl RawSocket {
     /// # Errors
     /// The kernel's, such as without CAP_NET_RAW.
     pub fn open() -> io::Result<Self> {
-        let socket = |domain| Socket::new(domain, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)));
         Ok(Self { v4: socket(Domain::IPV4)?, v6: socket(Domain::IPV6)? })
     }
 
@@ -36,4 +32,9 @@ impl RawSocket {
         let socket = if destination.is_ipv4() { &self.v4 } else { &self.v6 };
         socket.send_to(&frame[ETHERNET..], &SocketAddr::new(destination, 0).into()).map(|_| ())
     }
+}
+
+/// A raw socket for whole IP packets of a family.
+pub(crate) fn socket(domain: Domain) -> io::Result<Socket> {
+    Socket::new(domain, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))
 }

@@ -40,7 +40,6 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use sheave_common::config::Timeouts;
 use sheave_common::interface::{self, flags};
 use tracing::{debug, info};
 
@@ -238,8 +237,8 @@ impl Dataplane {
         let mut in_use = BTreeSet::new();
         // Where no id is left, a Service that is to be served counts for more than connections to one that is gone.
         if !self.planner.is_short_of_service_ids() {
-            let timeouts = maps.config.get(&0)?.map_or(Timeouts::DEFAULT, |config| config.timeouts);
-            in_use = sweep::in_use(maps, &service_ids, &timeouts, monotonic_seconds())?;
+            let timeouts = &self.writer.config().timeouts;
+            in_use = sweep::in_use(maps, &service_ids, timeouts, monotonic_seconds())?;
             service_ids.retain(|id| !in_use.contains(id));
         }
         let swept = sweep::services(maps, &service_ids)?;

@@ -5,10 +5,11 @@ use std::collections::BTreeSet;
 use aya::Pod;
 use sheave_common::affinity::AffinityKey;
 use sheave_common::config::Timeouts;
-use sheave_common::flow::{Flow, FlowKey, closing};
+use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::{Address, PROTOCOL_UDP};
 
 use super::error::MapError;
+use super::loads;
 use super::map::Map;
 use super::maps::{FamilyMaps, Maps};
 
@@ -41,15 +42,14 @@ where
     FlowKey<A>: Pod,
     Flow<A>: Pod,
 {
-    let open = |key: &FlowKey<A>, flow: &Flow<A>| {
-        let idle = now.saturating_sub(flow.last_seen);
-        let open = key.protocol != PROTOCOL_UDP
-            && !closing::is_over(flow.closing)
-            && idle <= timeouts.of(key.protocol, flow.state, flow.closing);
-        (open && services.contains(&flow.service_id)).then_some(flow.service_id)
+    let used = |key: &FlowKey<A>, flow: &Flow<A>| {
+        let used = key.protocol != PROTOCOL_UDP
+            && services.contains(&flow.service_id)
+            && loads::is_open(key, flow, timeouts, now);
+        used.then_some(flow.service_id)
     };
-    let established = maps.conntrack.dump_as(open)?;
-    Ok(established.into_iter().chain(maps.half_open.dump_as(open)?).flatten().collect())
+    let established = maps.conntrack.dump_as(used)?;
+    Ok(established.into_iter().chain(maps.half_open.dump_as(used)?).flatten().collect())
 }
 
 /// Deletes the flows and the affinity entries of these service ids. Returns how many there were.

@@ -43,7 +43,8 @@ pub const DESTINATION_OPTIONS: u8 = 60;
 /// SCTP's checksum (RFC 9260, appendix A); its bytes are sent in little-endian order.
 const CRC32C: crc::Crc<u32> = crc::Crc::<u32>::new(&crc::CRC_32_ISCSI);
 
-const ETHERNET: usize = 14;
+/// Length of the Ethernet header that a [`Packet`] begins with.
+pub(crate) const ETHERNET: usize = 14;
 /// Length of an IPv6 header.
 const IPV6: usize = 40;
 /// "More fragments" in IPv4's flags-and-offset field.

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::figures::Daemon;
 use super::flood::Flood;
-use super::world::{CHANGING, STEADY, World, cluster_ip};
+use super::world::{CHANGING, STEADY, World, cluster_ip, cluster_ip6};
 use crate::process::eventually;
 use crate::topology::Pod;
 
@@ -39,7 +39,9 @@ pub(super) struct Events {
 
 impl Events {
     pub(super) fn new(started: Instant, seed: u64) -> Self {
-        let floods = STEADY.map(cluster_ip).into_iter().flat_map(|to| [Flood::of_syns(to), Flood::of_datagrams(to)]);
+        let addresses =
+            STEADY.into_iter().flat_map(|service| [cluster_ip(service).into(), cluster_ip6(service).into()]);
+        let floods = addresses.flat_map(|to| [Flood::of_syns(to), Flood::of_datagrams(to)]);
         let (floods, now) = (floods.collect(), Instant::now());
         Self {
             started,
@@ -135,7 +137,7 @@ impl Events {
         self.note(format!("a flood of {}", self.floods[number].what));
         let sent = self.floods[number].pour(&world.flooder().namespace, FLOODED)?;
         self.note(format!("the flood ends after {sent} packets"));
-        self.flooded += sent;
+        self.flooded += u64::from(sent);
         Ok(())
     }
 

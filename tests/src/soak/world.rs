@@ -54,7 +54,7 @@ pub(super) fn cluster_ip(service: u32) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 96, 1, 0)) + service)
 }
 
-fn cluster_ip6(service: u32) -> Ipv6Addr {
+pub(super) fn cluster_ip6(service: u32) -> Ipv6Addr {
     Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, u16::try_from(0x100 + service).unwrap_or(0))
 }
 
