@@ -25,7 +25,7 @@ const TAKEOVER_ATTEMPTS: u32 = 8;
 
 /// Where in the range the next half-open flow is looked for. They are taken in turn, and each new flow comes right behind: in a
 /// flood those have their turn first that have waited longest, and an honest handshake has the time of a whole round.
-static mut NEXT_TAKEOVER: u32 = 0;
+pub static mut NEXT_TAKEOVER: u32 = 0;
 
 /// Makes the flow of a packet to a frontend and inserts both halves. The flow of a SYN that has not been answered
 /// ([`From::is_again`]) is in `result` already, and stays where there is no other backend.

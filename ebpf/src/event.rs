@@ -4,15 +4,13 @@
 //!
 //! Each of these is a function of its own in the kernel too, with nothing below it, for its callers' stack.
 
-use core::arch::asm;
-
 use sheave_common::DropReason;
 use sheave_common::event::{EDGE_SOCKET, Event, LOST, UNTIL, kind};
 use sheave_common::flow::{Flow, FlowKey, Tuple};
 use sheave_common::socket::SocketPeer;
 
-use crate::features;
 use crate::maps::{EVENTS, Family, LISTENER};
+use crate::{atomic, features};
 
 /// A packet is dropped, or answered in its receiver's place.
 #[inline(never)]
@@ -130,6 +128,6 @@ unsafe fn put_tuple<A: Family>(event: *mut Event, tuple: &Tuple<A>) {
 fn lose() {
     if let Some(lost) = LISTENER.get_ptr_mut(LOST) {
         // SAFETY: as in `load`: a map value, aligned to 8 octets.
-        unsafe { asm!("lock *(u64 *)({} + 0) += {}", in(reg) lost, in(reg) 1_u64) };
+        unsafe { atomic::add(lost.cast(), 1) };
     }
 }

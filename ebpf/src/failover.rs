@@ -28,7 +28,7 @@ const BACKENDS: usize = 65_536;
 
 /// When a backend last answered a SYN, by [`features::stamp`] and the lowest bits of its id; 0 if never. Only a hint, so it need
 /// not outlive the programs.
-static mut ANSWERED: [u32; BACKENDS] = [0; BACKENDS];
+pub static mut ANSWERED: [u32; BACKENDS] = [0; BACKENDS];
 
 /// Whether a packet is a client's second attempt to reach a backend that hasn't answered the first. `flow` is the packet's own,
 /// half-open, and still counts.

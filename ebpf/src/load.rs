@@ -4,11 +4,10 @@
 //! pointed at its backend. It is taken away when it is seen to end. What isn't seen (idle datagram flows, flows that an LRU map
 //! evicts, sockets that are closed, two CPUs that see an end at once) is set right by the loader, which counts again.
 
-use core::arch::asm;
-
 use sheave_common::flow::{Flow, closing, flags};
 use sheave_common::load::Load;
 
+use crate::atomic;
 use crate::maps::{BACKEND_LOADS, Family, NOEXIST};
 
 /// Counts a connection that a backend gets. A function of its own in the kernel too, for its stack.
@@ -64,8 +63,7 @@ pub fn lighter<A: Family>(first: u32, second: u32) -> u32 {
 #[inline(always)]
 fn add(id: u32, change: i64) -> bool {
     let Some(load) = BACKEND_LOADS.get_ptr_mut(id) else { return false };
-    // BPF_XADD, which every kernel has; Rust offers atomics here only where there is compare-and-swap, too (5.12).
     // SAFETY: a map value stays writable while the program runs, and is aligned to 8 octets.
-    unsafe { asm!("lock *(u64 *)({} + 0) += {}", in(reg) &raw mut (*load).connections, in(reg) change) };
+    unsafe { atomic::add(&raw mut (*load).connections, change) };
     true
 }

@@ -213,6 +213,10 @@ fn send_echo<C: Context, A: Network>(ctx: &C, packet: &Packet<A>) -> Option<()> 
     let changed = difference(u32::from(u16::from_ne_bytes(old)), u32::from(u16::from_ne_bytes(new)));
     ctx.adjust_checksum(message + ICMP_CHECKSUM, changed, false, false)?;
     ctx.store(message, &new)?;
+    // What is now nothing but zeroes has a checksum of all ones, and all ones is never wrong (RFC 1071 knows two zeroes).
+    if ctx.load::<u16>(message + ICMP_CHECKSUM)? == 0 {
+        ctx.store(message + ICMP_CHECKSUM, &u16::MAX)?;
+    }
     let header = A::answer_header(packet, A::ICMP, (packet.length - (message - C::NETWORK)) as u16);
     // With options the header stays as it was, but for the addresses.
     if message - C::NETWORK == A::LENGTH {

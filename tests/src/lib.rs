@@ -15,6 +15,7 @@ pub mod family;
 pub mod flood;
 pub mod follower;
 pub mod forward;
+pub mod fuzz;
 pub mod gate;
 pub mod held;
 pub mod http;

@@ -1,4 +1,4 @@
-//! Development tasks: `cargo xtask setup | build | image | test | soak | deny | vm | demo | bench`.
+//! Development tasks: `cargo xtask setup | build | image | test | fuzz | soak | deny | vm | demo | bench`.
 //!
 //! Each task first sets up what it needs and says in plain words what it installs; on a machine where nothing is
 //! missing that takes no time.
@@ -7,6 +7,7 @@ mod apt;
 mod bench;
 mod demo;
 mod deny;
+mod fuzz;
 mod image;
 mod oci;
 mod process;
@@ -47,6 +48,8 @@ enum Task {
     Soak(soak::Options),
     /// Check the dependencies: known vulnerabilities, licences, where they come from
     Deny(deny::Options),
+    /// Run the fuzz targets under AddressSanitizer
+    Fuzz(fuzz::Options),
     /// Boot other kernels in virtual machines
     #[command(subcommand)]
     Vm(vm::Task),
@@ -91,6 +94,10 @@ fn run(task: &Task) -> Result<()> {
             soak::run(options)
         }
         Task::Deny(options) => deny::run(options),
+        Task::Fuzz(options) => {
+            setup::run(setup::Need::Building)?;
+            fuzz::run(options)
+        }
         Task::Vm(task) => {
             setup::run(setup::Need::VirtualMachines)?;
             vm::run(task)

@@ -342,6 +342,14 @@ impl Packet {
     }
 }
 
+/// Whether an SCTP packet's checksum is right.
+#[must_use]
+pub fn sctp_checksum_is_right(packet: &[u8]) -> bool {
+    let mut blank = packet.to_vec();
+    blank[8..12].fill(0);
+    packet[8..12] == CRC32C.checksum(&blank).to_le_bytes()
+}
+
 /// One's-complement sum of big-endian words, folded.
 fn sum(bytes: &[u8]) -> u16 {
     let words = bytes.chunks(2).map(|pair| u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)]));

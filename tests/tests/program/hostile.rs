@@ -74,7 +74,7 @@ fn a_header_cut_anywhere_makes_no_flow() {
             let (client, frontend) = (at(of.client, 40_000), at(of.external, 80));
             for packet in first_packets(&client, &frontend) {
                 let frame = packet.build();
-                // The kernel runs no program by request on less than a network header.
+                // The kernel runs no program on less than a network header by request; those are cut on the host (fuzz::packets).
                 for length in network..frame.len() {
                     // Its header says that there was more: the stack drops it by itself.
                     assert_untouched(programs, ifindex, &frame[..length]);

@@ -1,0 +1,165 @@
+//! The maps that the controller writes, as the plan sees them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
+
+use sheave::model::desired::{ServicePort, ServicePortName};
+use sheave::model::network::Network;
+use sheave::plan::{Backend, Batch, Dump, Failure, Frontend, FrontendAddress, PlanError, Planner, Write};
+use sheave_common::backend::IDS_PER_ELEMENT;
+use sheave_common::frontend::{BackendSet, flags};
+
+/// Backend ids that the backend table has room for.
+pub(super) const TABLE: u32 = 8_192;
+/// Service ids.
+const SERVICES: u32 = 2_048;
+/// How often a plan is made again for what could not be done at once: after a grace period, after a sweep.
+const ROUNDS: usize = 4;
+
+/// Elements by key.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Maps {
+    pub(super) frontends: BTreeMap<FrontendAddress, Frontend>,
+    pub(super) backends: BTreeMap<u32, Backend>,
+    pub(super) names: BTreeMap<u32, Option<ServicePortName>>,
+    pub(super) source_ranges: BTreeSet<(u32, Network)>,
+    pub(super) table: Vec<u32>,
+    pub(super) next_backend_id: u32,
+    pub(super) next_service_id: u32,
+    /// Frontends as a controller wrote them. What a frontend names that somebody else wrote may overlap anything.
+    pub(super) own: BTreeSet<FrontendAddress>,
+}
+
+impl Maps {
+    pub(super) fn new(table: u32) -> Self {
+        Self { table: vec![0; table as usize], ..Self::default() }
+    }
+
+    fn dump(&self) -> Dump {
+        Dump {
+            frontends: self.frontends.iter().map(|(key, value)| (*key, *value)).collect(),
+            backends: self.backends.iter().map(|(key, value)| (*key, *value)).collect(),
+            names: self.names.iter().map(|(key, value)| (*key, value.clone())).collect(),
+            source_ranges: self.source_ranges.iter().copied().collect(),
+            table: self.table.clone(),
+            table_size: self.table.len() as u32,
+            next_backend_id: self.next_backend_id,
+            next_service_id: self.next_service_id,
+            service_limit: SERVICES,
+        }
+    }
+
+    fn write(&mut self, write: &Write) {
+        match write {
+            Write::Reserve { next_backend_id, next_service_id } => {
+                assert!(*next_backend_id >= self.next_backend_id && *next_service_id >= self.next_service_id);
+                (self.next_backend_id, self.next_service_id) = (*next_backend_id, *next_service_id);
+            }
+            Write::PutName { service_id, name } => drop(self.names.insert(*service_id, Some(name.clone()))),
+            Write::DeleteName { service_id } => drop(self.names.remove(service_id)),
+            Write::PutBackend { id, backend } => {
+                assert!(*id != 0, "a backend without an id");
+                self.backends.insert(*id, *backend);
+            }
+            Write::DeleteBackend { id, .. } => drop(self.backends.remove(id)),
+            Write::WriteRun { first, ids } => {
+                assert_eq!(first % IDS_PER_ELEMENT, 0, "a run begins within an element");
+                let run = *first..*first + ids.len() as u32;
+                for frontend in self.own.iter().map(|address| &self.frontends[address]) {
+                    for set in [frontend.cluster, frontend.local] {
+                        // A set that leaves the table is nobody's, and its frontend is about to go.
+                        let end = set.first.checked_add(set.length).filter(|end| *end as usize <= self.table.len());
+                        let Some(end) = end else { continue };
+                        let named = set.length > 0 && set.first < run.end && run.start < end;
+                        assert!(!named, "a run is overwritten while a frontend names it: {set:?} and {run:?}");
+                    }
+                }
+                self.table[run.start as usize..run.end as usize].copy_from_slice(ids);
+            }
+            Write::PutSourceRange { service_id, network } => drop(self.source_ranges.insert((*service_id, *network))),
+            Write::DeleteSourceRange { service_id, network } => {
+                self.source_ranges.remove(&(*service_id, *network));
+            }
+            Write::PutFrontend { address, frontend } => {
+                self.frontends.insert(*address, *frontend);
+                self.own.insert(*address);
+            }
+            Write::DeleteFrontend { address } => {
+                self.frontends.remove(address);
+                self.own.remove(address);
+            }
+        }
+    }
+
+    /// Makes a batch's writes; the service ports that could not be planned.
+    fn execute(&mut self, planner: &mut Planner, batch: Batch) -> BTreeMap<ServicePortName, PlanError> {
+        let outcome = planner.execute(batch, |write| {
+            self.write(write);
+            Ok::<(), Infallible>(())
+        });
+        assert!(outcome.other.is_none());
+        let refused = outcome.failed.into_iter().map(|(name, failure)| match failure {
+            Failure::Plan(error) => (name, error),
+            Failure::Write(never) => match never {},
+        });
+        refused.collect()
+    }
+
+    /// Starts a controller on the maps and brings them to what is desired, as far as it can be; what is refused to the end.
+    pub(super) fn reach(
+        &mut self,
+        desired: &BTreeMap<ServicePortName, ServicePort>,
+    ) -> BTreeMap<ServicePortName, PlanError> {
+        let mut planner = Planner::restore(self.dump());
+        let batch = planner.plan_all(desired.clone());
+        let mut refused = self.execute(&mut planner, batch);
+        for _ in 0..ROUNDS {
+            if let Some(grace) = planner.begin_grace() {
+                let batch = planner.reclaim(grace);
+                self.execute(&mut planner, batch);
+            }
+            let sweep = planner.service_ids_to_sweep();
+            planner.swept(&sweep);
+            let batch = planner.plan(BTreeMap::new());
+            refused = self.execute(&mut planner, batch);
+        }
+        refused
+    }
+
+    /// Nothing is left to write, neither by the plan that runs nor by the next.
+    pub(super) fn assert_settled(&self, desired: &BTreeMap<ServicePortName, ServicePort>) {
+        let batch = Planner::restore(self.dump()).plan_all(desired.clone());
+        assert!(batch.operations.is_empty(), "a start with nothing changed writes: {:?}", batch.operations);
+    }
+
+    /// What clients see: each frontend with its backends' values, without ids.
+    pub(super) fn meaning(&self) -> BTreeMap<FrontendAddress, String> {
+        let set = |frontend: &Frontend, set: BackendSet| -> Vec<String> {
+            let ids = (set.first..set.first + set.length).map(|index| self.table[index as usize]);
+            let backend = |id| {
+                let backend = self.backends.get(&id).expect("a set names backends that are there");
+                assert_eq!(backend.service_id, frontend.service_id, "a set leads to another service");
+                format!("{:?}", Backend { service_id: 0, ..*backend })
+            };
+            ids.map(backend).collect()
+        };
+        let describe = |frontend: &Frontend| {
+            let clients: Option<Vec<&Network>> = (frontend.flags & flags::SOURCE_RANGES != 0).then(|| {
+                let own = self.source_ranges.iter().filter(|(id, _)| *id == frontend.service_id);
+                own.map(|(_, network)| network).collect()
+            });
+            let name = self.names.get(&frontend.service_id);
+            let (cluster, local) = (set(frontend, frontend.cluster), set(frontend, frontend.local));
+            let (affinity, algorithm) = (frontend.affinity_seconds, frontend.algorithm);
+            format!("{name:?} {} {affinity} {algorithm} {clients:?} {cluster:?} {local:?}", frontend.flags)
+        };
+        self.frontends.iter().map(|(key, frontend)| (*key, describe(frontend))).collect()
+    }
+
+    /// From empty maps.
+    pub(super) fn fresh(desired: &BTreeMap<ServicePortName, ServicePort>) -> Self {
+        let mut maps = Self::new(TABLE);
+        assert!(maps.reach(desired).is_empty(), "there is room for it");
+        maps
+    }
+}
