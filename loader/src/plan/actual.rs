@@ -43,6 +43,8 @@ pub(super) struct Actual {
     /// (service id, clients).
     pub(super) source_ranges: BTreeSet<(u32, Network)>,
     pub(super) runs: Runs,
+    /// The table was full, and runs that can't be ours were given up.
+    looked_for_broken: bool,
     /// Names that identify nothing: unreadable, or a second id for one service port.
     pub(super) stray_names: BTreeSet<u32>,
     frontends_of: BTreeSet<(u32, FrontendAddress)>,
@@ -75,6 +77,7 @@ impl Actual {
             names: BTreeMap::new(),
             source_ranges: dump.source_ranges.into_iter().collect(),
             runs: Runs::new(dump.table_size),
+            looked_for_broken: false,
             stray_names: BTreeSet::new(),
             frontends_of: BTreeSet::new(),
             frontend_counts: [0; 2],
@@ -140,6 +143,26 @@ impl Actual {
     pub(super) fn is_guarded(&self, service_id: u32) -> bool {
         let mut frontends = self.frontends_of(service_id).filter_map(|address| self.frontends.get(&address));
         frontends.any(|frontend| frontend.flags & flags::SOURCE_RANGES != 0)
+    }
+
+    /// A new run for these ids; `None` if the table is full.
+    pub(super) fn allocate_run(&mut self, service_id: u32, ids: &[u32]) -> Option<BackendSet> {
+        let mut allocated = self.runs.allocate(service_id, ids.into());
+        // Only what was read back can be broken.
+        if allocated.is_none() && !std::mem::replace(&mut self.looked_for_broken, true) {
+            let known: HashSet<_> = self.backends.iter().map(|(service_id, held)| (service_id, held.id)).collect();
+            self.runs.give_up_broken(|service_id, id| known.contains(&(service_id, id)));
+            allocated = self.runs.allocate(service_id, ids.into());
+        }
+        if let Some(set) = allocated.filter(|_| self.looked_for_broken) {
+            // It may lie where one was given up that frontends still name.
+            let frontends = self.frontends_of(service_id).filter_map(|address| self.frontends.get(&address));
+            let sets = frontends.flat_map(|frontend| [frontend.cluster, frontend.local]);
+            for _ in 0..sets.filter(|named| *named == set).count() {
+                self.runs.name(service_id, set);
+            }
+        }
+        allocated
     }
 
     /// Moves the mirror. Returns the runs that no frontend names any more: service id and first index.

@@ -36,7 +36,7 @@ impl Held {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Backends {
     /// Service id → its backends by endpoint, then id. Several of one endpoint are what a crash or somebody else left; the
-    /// first is the endpoint's.
+    /// first whose id is not 0 is the endpoint's.
     of: HashMap<u32, Vec<Held>>,
     /// Of IPv4, of IPv6.
     counts: [usize; 2],
@@ -61,10 +61,10 @@ impl Backends {
         self.of.get(&service_id).map_or(&[], Vec::as_slice)
     }
 
-    /// An endpoint's.
+    /// An endpoint's. The id 0 is no backend's: in the table it says that there is none.
     pub(super) fn get(&self, service_id: u32, endpoint: SocketAddr) -> Option<&Held> {
         let of = self.of(service_id);
-        let first = of.partition_point(|held| held.endpoint() < endpoint);
+        let first = of.partition_point(|held| (held.endpoint(), held.id) < (endpoint, 1));
         of.get(first).filter(|held| held.endpoint() == endpoint)
     }
 

@@ -117,10 +117,11 @@ impl Claims {
         self.claimants.get(frontend)?.first()
     }
 
-    /// A service port that has a frontend on this address.
-    pub(super) fn on_address(&self, address: &IpAddr) -> Option<&ServicePortName> {
-        let (key, claimants) = self.claimants.range(FrontendAddress::mark(*address)..).next()?;
-        claimants.first().filter(|_| key.address == *address)
+    /// The service ports that have the frontends on this address.
+    pub(super) fn on_address(&self, address: IpAddr) -> impl Iterator<Item = &ServicePortName> {
+        let frontends = self.claimants.range(FrontendAddress::mark(address)..);
+        let here = frontends.take_while(move |(key, _)| key.address == address);
+        here.filter_map(|(_, claimants)| claimants.first())
     }
 
     /// The mark that this address should carry.

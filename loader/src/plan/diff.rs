@@ -194,7 +194,9 @@ impl Planner {
             if let Some(id) = service.id {
                 touched.frontends.extend(self.actual.frontends_of(id));
             }
+            let ids = self.identity.next_backend();
             if let Err(error) = self.plan_service(&name, &mut draft) {
+                self.identity.return_backends(ids);
                 if let Some(service) = self.services.get_mut(&name) {
                     service.sets = None;
                 }
@@ -203,7 +205,7 @@ impl Planner {
             }
         }
         touched.sort();
-        self.plan_frontends(&touched, &mut draft);
+        self.plan_frontends(&touched, &batch.refused, &mut draft);
         if let Some((next_backend_id, next_service_id)) = self.identity.reservation() {
             let write = Write::Reserve { next_backend_id, next_service_id };
             batch.operations.push(Operation { owner: Owner::Batch, write });
@@ -351,16 +353,12 @@ impl Planner {
             return Ok(set);
         }
         let (needed, capacity) = (run.len(), self.actual.runs.capacity());
-        let set = self
-            .actual
-            .runs
-            .allocate(service_id, run.as_slice().into())
-            .ok_or(PlanError::TableFull { needed, capacity })?;
+        let set = self.actual.allocate_run(service_id, &run).ok_or(PlanError::TableFull { needed, capacity })?;
         writes.push(Write::WriteRun { first: set.first, ids: run });
         Ok(set)
     }
 
-    fn plan_frontends(&self, touched: &Touched, draft: &mut Draft) {
+    fn plan_frontends(&self, touched: &Touched, refused: &BTreeMap<ServicePortName, PlanError>, draft: &mut Draft) {
         for key in touched.frontends.iter().filter(|key| !key.is_mark()) {
             let old = self.actual.frontends.get(key);
             let Some(name) = self.claims.owner(key) else {
@@ -390,7 +388,7 @@ impl Planner {
                 }
                 Some(frontend) if old != Some(&frontend) => {
                     let write = Write::PutFrontend { address, frontend };
-                    draft.marks.push(Operation { owner: self.mark_owner(ip), write });
+                    draft.marks.push(Operation { owner: self.mark_owner(*ip, refused), write });
                 }
                 Some(_) => {}
             }
@@ -416,9 +414,12 @@ impl Planner {
         self.actual.names.get(&service_id).map_or(Owner::Nobody, |name| Owner::Service(name.clone()))
     }
 
-    /// A service port on the address: it is planned again if the mark can't be written.
-    fn mark_owner(&self, ip: &IpAddr) -> Owner {
-        self.claims.on_address(ip).map_or(Owner::Nobody, |name| Owner::Service(name.clone()))
+    /// A service port on the address: it is planned again if the mark can't be written. One that is refused gets nothing
+    /// written, so the mark is another's if there is one.
+    fn mark_owner(&self, ip: IpAddr, refused: &BTreeMap<ServicePortName, PlanError>) -> Owner {
+        let planned = self.claims.on_address(ip).find(|name| !refused.contains_key(*name));
+        let owner = planned.or_else(|| self.claims.on_address(ip).next());
+        owner.map_or(Owner::Nobody, |name| Owner::Service(name.clone()))
     }
 
     /// How many elements the maps have.

@@ -74,6 +74,17 @@ impl Identity {
         Some(id)
     }
 
+    /// The id that [`Self::allocate_backend`] gives next.
+    #[must_use]
+    pub const fn next_backend(&self) -> u32 {
+        self.next_backend
+    }
+
+    /// Gives back the backend ids from `first` on, which were allocated last and will not be written.
+    pub fn return_backends(&mut self, first: u32) {
+        self.next_backend = self.next_backend.min(first);
+    }
+
     /// The smallest free service id; `None` when none is left, or the free ones are not swept yet.
     pub fn allocate_service(&mut self) -> Option<u32> {
         if let Some(id) = self.clean.pop_first() {

@@ -13,6 +13,8 @@ struct Run {
     first: u32,
     /// Frontend sets in the kernel that name it.
     names: u32,
+    /// A plan wrote it, or found in it what it would have written. Others were only read back.
+    is_ours: bool,
     ids: Box<[u32]>,
 }
 
@@ -31,12 +33,15 @@ pub(super) struct Runs {
     of: HashMap<u32, Vec<Run>>,
     /// (service id, first index) of runs that were allocated and may never have been named.
     fresh: BTreeSet<(u32, u32)>,
+    /// Elements of runs that were left out because they overlap another.
+    overlapped: Vec<u32>,
 }
 
 impl Runs {
     /// In a table that has room for so many backend ids.
     pub(super) fn new(capacity: u32) -> Self {
-        Self { table: Table::new(capacity / IDS_PER_ELEMENT), of: HashMap::new(), fresh: BTreeSet::new() }
+        let table = Table::new(capacity / IDS_PER_ELEMENT);
+        Self { table, of: HashMap::new(), fresh: BTreeSet::new(), overlapped: Vec::new() }
     }
 
     /// Backend ids that the table has room for.
@@ -50,35 +55,51 @@ impl Runs {
     }
 
     /// Takes up a run that a frontend in the kernel names. One that overlaps another is left out: its elements are
-    /// not reused before the next restart, and the service gets a new run.
+    /// not reused before the next restart unless there are no others, and the service gets a new run.
     pub(super) fn restore(&mut self, service_id: u32, set: BackendSet, ids: Box<[u32]>) {
         if set.length == 0 || self.get(service_id, set).is_some() {
             return;
         }
         let (first, number) = elements(set);
         if self.table.reserve(first, number) {
-            self.insert(service_id, Run { first: set.first, names: 0, ids });
+            self.insert(service_id, Run { first: set.first, names: 0, is_ours: false, ids });
         } else {
-            for element in first..first.saturating_add(number) {
-                self.table.reserve(element, 1);
-            }
+            let elements = first..first.saturating_add(number);
+            self.overlapped.extend(elements.filter(|element| self.table.reserve(*element, 1)));
         }
     }
 
     /// A run of this service that holds exactly these ids; the one most frontends name if there are several.
-    pub(super) fn find(&self, service_id: u32, ids: &[u32]) -> Option<BackendSet> {
-        let alike = self.of.get(&service_id)?.iter().filter(|run| *run.ids == *ids);
-        alike.max_by_key(|run| (run.names, std::cmp::Reverse(run.first))).map(Run::set)
+    pub(super) fn find(&mut self, service_id: u32, ids: &[u32]) -> Option<BackendSet> {
+        let alike = self.of.get_mut(&service_id)?.iter_mut().filter(|run| *run.ids == *ids);
+        let run = alike.max_by_key(|run| (run.names, std::cmp::Reverse(run.first)))?;
+        run.is_ours = true;
+        Some(run.set())
     }
 
     /// A new run for these ids, of which there is at least one; `None` if the table is full.
     pub(super) fn allocate(&mut self, service_id: u32, ids: Box<[u32]>) -> Option<BackendSet> {
         let first = self.table.allocate(length(&ids).div_ceil(IDS_PER_ELEMENT))? * IDS_PER_ELEMENT;
-        let run = Run { first, names: 0, ids };
+        let run = Run { first, names: 0, is_ours: true, ids };
         let set = run.set();
         self.fresh.insert((service_id, first));
         self.insert(service_id, run);
         Some(set)
+    }
+
+    /// The table is full: gives up what was read back and can't be a run of ours, because it overlaps another or names ids
+    /// that `is_backend` denies its service. A frontend that names one leads nowhere there, and is about to be written anew.
+    pub(super) fn give_up_broken(&mut self, is_backend: impl Fn(u32, u32) -> bool) {
+        for element in std::mem::take(&mut self.overlapped) {
+            self.table.free(element, 1);
+        }
+        for (service_id, runs) in &mut self.of {
+            let is_broken = |run: &mut Run| !run.is_ours && !run.ids.iter().all(|id| is_backend(*service_id, *id));
+            for run in runs.extract_if(.., is_broken) {
+                let (first, number) = elements(run.set());
+                self.table.free(first, number);
+            }
+        }
     }
 
     fn insert(&mut self, service_id: u32, run: Run) {

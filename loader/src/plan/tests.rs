@@ -493,6 +493,8 @@ fn a_full_table_refuses_one_service_and_spares_the_others() {
     assert!(matches!(outcome.failed[&name(1)], Failure::Plan(PlanError::TableFull { needed: 5, capacity: 4 })));
     assert_eq!(maps.frontends.len(), 1);
     assert!(planner.is_unfinished());
+    let batch = planner.plan(BTreeMap::new());
+    assert!(batch.operations.is_empty(), "an attempt uses up no ids: {batch:?}");
     let batch = planner.plan(BTreeMap::from([(name(1), Some(one_frontend(80, &[1, 2])))]));
     maps.run(&mut planner, batch);
     assert!(!planner.is_unfinished());

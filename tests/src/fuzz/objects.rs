@@ -54,8 +54,8 @@ pub fn check(
         let named = matches!(error, PlanError::NameTooLong | PlanError::NameAmbiguous);
         assert!(named || matches!(error, PlanError::TableFull { .. }), "{name}: {error}");
     }
-    let planned: BTreeMap<_, _> = all.into_iter().filter(|(name, _)| !refused.contains_key(name)).collect();
-    maps.assert_settled(&planned);
+    maps.assert_settled(&all);
+    let planned = all.into_iter().filter(|(name, _)| !refused.contains_key(name)).collect();
     (planned, refused)
 }
 

@@ -78,3 +78,19 @@ fn endpoints_that_come_and_go_leave_the_mark_alone_while_there_is_one() {
         assert_eq!(marks(&mut planner, &mut maps, endpoints), expected, "{endpoints:?}");
     }
 }
+
+/// The address of a Service would be nobody's because of one port of it that finds no room.
+#[test]
+fn a_refused_service_port_does_not_keep_the_mark_from_the_others_on_its_address() {
+    let mut maps = Maps::new(4);
+    let mut planner = Planner::restore(maps.dump());
+    let both = [(name(1), with(80, CLUSTER_IP, &[1, 2, 3, 4, 5])), (name(2), with(81, CLUSTER_IP, &[6]))];
+    let batch = planner.plan(BTreeMap::from(both));
+    assert_eq!(batch.refused.keys().collect::<Vec<_>>(), [&name(1)]);
+    let outcome = planner.execute(batch, |write| {
+        maps.write(write);
+        Ok::<(), std::convert::Infallible>(())
+    });
+    assert_eq!(outcome.failed.len(), 1);
+    assert_eq!(mark(&maps), (Some(WHOLE_ADDRESS | HAS_ENDPOINT), None));
+}
