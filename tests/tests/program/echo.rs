@@ -64,6 +64,18 @@ fn a_service_address_with_an_endpoint_answers_pings() {
     }
 }
 
+/// All that is left of this answer is zeroes, and the sum that the request's becomes is the wrong one of the two zeroes: the
+/// client would throw the answer away.
+#[test]
+fn an_answer_of_nothing_but_zeroes_has_a_right_checksum() {
+    let [of, _] = &Addresses::BOTH;
+    let (from, to) = (of.pod.to_string(), of.vip.to_string());
+    let zeroes = Packet::icmp_message(&from, &to, 8, 0, &[0; 12]).build();
+    let out = pod(&mut programs(of, true), "pod_ingress", &zeroes);
+    assert_eq!(out.action, REDIRECT);
+    View(&out.packet).assert_checksums();
+}
+
 #[test]
 fn a_padded_frame_is_answered_with_what_the_request_held() {
     for of in &Addresses::BOTH {
