@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 
 use crate::cgroup::{Cgroup, MemoryCgroup};
+use crate::gate::{Gate, Write};
 use crate::leftovers::unique_name;
 use crate::manifests::Manifests;
 use crate::netns::Namespace;
@@ -73,14 +74,14 @@ impl Agent {
     /// If it ends or isn't ready in time; with its log.
     pub fn restart(&mut self) -> Result<()> {
         self.process = None;
-        let mut process = self.begin()?;
+        let mut process = self.begin(|_| ())?;
         process.wait_for(READY, START)?;
         self.process = Some(process);
         Ok(())
     }
 
-    /// Starts it.
-    fn begin(&self) -> Result<Process> {
+    /// Starts it, by a command of which `more` makes what it likes.
+    fn begin(&self, more: impl FnOnce(&mut Command)) -> Result<Process> {
         let mut command = self.namespace.command(self.program.clone().map_or_else(|| built("sheave"), Ok)?);
         command.arg("run").args(&self.source).arg("--node-name").arg(&self.node_name);
         command.arg("--pin-path").arg(&self.pins).arg("--cgroup").arg(self.cgroup.path());
@@ -92,6 +93,7 @@ impl Agent {
         if let Some(memory) = &self.memory {
             memory.adopt(&mut command);
         }
+        more(&mut command);
         Process::start(&format!("sheave on {}", self.node_name), &mut command)
     }
 
@@ -114,8 +116,18 @@ impl Agent {
     /// # Errors
     /// As [`Self::restart`].
     pub fn restart_with(&mut self, arguments: &[&str]) -> Result<()> {
-        self.arguments = arguments.iter().map(ToString::to_string).collect();
+        self.set_arguments(arguments);
         self.restart()
+    }
+
+    /// Gives other arguments to every further start.
+    pub fn set_arguments(&mut self, arguments: &[&str]) {
+        self.arguments = arguments.iter().map(ToString::to_string).collect();
+    }
+
+    /// Has another build of the program run from the next start on.
+    pub fn set_program(&mut self, program: &Path) {
+        self.program = Some(program.to_owned());
     }
 
     /// Starts it again as another build of the program.
@@ -123,7 +135,7 @@ impl Agent {
     /// # Errors
     /// As [`Self::restart`].
     pub fn restart_as(&mut self, program: &Path) -> Result<()> {
-        self.program = Some(program.to_owned());
+        self.set_program(program);
         self.restart()
     }
 
@@ -134,8 +146,8 @@ impl Agent {
     /// If it ends by itself, or neither comes in time; with its log.
     pub fn kill_when(&mut self, arguments: &[&str], state: impl Fn(&Path) -> bool) -> Result<()> {
         self.process = None;
-        self.arguments = arguments.iter().map(ToString::to_string).collect();
-        let mut process = self.begin()?;
+        self.set_arguments(arguments);
+        let mut process = self.begin(|_| ())?;
         let started = Instant::now();
         // No pause: such states last for less than a millisecond.
         while !state(&self.pins) && !process.log().contains(READY) {
@@ -144,6 +156,31 @@ impl Agent {
         }
         process.kill();
         Ok(())
+    }
+
+    /// Starts it (again), and has it stand still when it has made so many writes to the kernel, or when it serves.
+    ///
+    /// # Errors
+    /// If it ends by itself, or neither comes in time; with its log.
+    pub fn restart_halfway(&mut self, writes: usize) -> Result<Halfway> {
+        self.process = None;
+        let mut process = self.begin(Gate::install)?;
+        let gate = Gate::of(process.id())?;
+        let (mut made, started) = (0, Instant::now());
+        let next = loop {
+            match gate.next(Duration::from_millis(20))? {
+                Some(write) if made == writes => break Some(write),
+                Some(write) => {
+                    gate.pass(&write)?;
+                    made += 1;
+                }
+                None if process.log().contains(READY) => break None,
+                None => process.check_alive()?,
+            }
+            ensure!(started.elapsed() < patient(START), "neither halfway nor ready:\n{}", process.log());
+        };
+        self.process = Some(process);
+        Ok(Halfway { made, next, _gate: gate })
     }
 
     /// Ends it by SIGTERM. Programs and maps stay.
@@ -276,6 +313,17 @@ impl Drop for Agent {
             eprintln!("cannot remove the pins in {}: {error}", self.pins.display());
         }
     }
+}
+
+/// A start that stands still as long as this is there.
+#[derive(Debug)]
+pub struct Halfway {
+    /// Writes made so far.
+    pub made: usize,
+    /// The one that would be next; `None` if it serves.
+    pub next: Option<Write>,
+    /// Whatever it writes waits here.
+    _gate: Gate,
 }
 
 /// What `sheave run` logs once every source has synced and the maps hold what they say.

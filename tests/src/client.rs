@@ -109,9 +109,18 @@ impl Answers {
 /// # Errors
 /// If it isn't connected and answered in time.
 pub fn who(target: SocketAddr) -> Result<Answer> {
+    who_within(target, LIMIT)
+}
+
+/// The same with this limit for connecting, and for the answer.
+///
+/// # Errors
+/// If it isn't connected and answered in time.
+pub fn who_within(target: SocketAddr, limit: Duration) -> Result<Answer> {
+    let limit = patient(limit);
     let mut connection =
-        TcpStream::connect_timeout(&target, patient(LIMIT)).with_context(|| format!("connecting to {target}"))?;
-    connection.set_read_timeout(Some(patient(LIMIT)))?;
+        TcpStream::connect_timeout(&target, limit).with_context(|| format!("connecting to {target}"))?;
+    connection.set_read_timeout(Some(limit))?;
     let mut answer = String::new();
     connection.read_to_string(&mut answer).with_context(|| {
         let port = connection.local_addr().map_or(0, |own| own.port());

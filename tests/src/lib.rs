@@ -29,6 +29,7 @@ pub mod manifests;
 pub mod netns;
 pub mod objects;
 pub mod oracle;
+pub mod other_build;
 pub mod packet;
 pub mod patience;
 pub mod process;

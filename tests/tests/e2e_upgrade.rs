@@ -14,9 +14,9 @@ use anyhow::{Context as _, Result, ensure};
 use aya::maps::MapData;
 use sheave_tests::agent::Agent;
 use sheave_tests::client::{self, Conversation};
-use sheave_tests::leftovers::unique_name;
 use sheave_tests::manifests::Service;
 use sheave_tests::netns::Namespace;
+use sheave_tests::other_build::OtherBuild;
 use sheave_tests::process::built;
 use sheave_tests::scenario::Scenario;
 use sheave_tests::server;
@@ -91,39 +91,6 @@ fn syns_sent_again(namespace: &Namespace) -> Result<u64> {
     let (names, values) = lines.next().zip(lines.next()).context("no TcpExt")?;
     let mut fields = names.split_whitespace().zip(values.split_whitespace());
     Ok(fields.find(|(name, _)| *name == "TCPSynRetrans").context("no TCPSynRetrans")?.1.parse()?)
-}
-
-/// Another build of the program, in a folder that is removed on drop.
-struct OtherBuild {
-    folder: PathBuf,
-}
-
-impl OtherBuild {
-    /// The name of the compiler in the BPF object's debug information is written otherwise.
-    fn make() -> Result<Self> {
-        const COMPILER: &[u8] = b"clang LLVM (rustc version";
-        let other = Self { folder: std::env::temp_dir().join(unique_name()) };
-        fs::create_dir(&other.folder)?;
-        // The copy has its permissions; what it holds is written afterwards.
-        fs::copy(built("sheave")?, other.program())?;
-        let mut octets = fs::read(other.program())?;
-        let places: Vec<usize> =
-            (0..octets.len() - COMPILER.len()).filter(|place| octets[*place..].starts_with(COMPILER)).collect();
-        ensure!(!places.is_empty(), "no BPF object's debug information in the program");
-        places.into_iter().for_each(|place| octets[place] = b'C');
-        fs::write(other.program(), octets)?;
-        Ok(other)
-    }
-
-    fn program(&self) -> PathBuf {
-        self.folder.join("sheave")
-    }
-}
-
-impl Drop for OtherBuild {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.folder);
-    }
 }
 
 /// The folders of loaded programs, which are named by what was loaded.

@@ -106,6 +106,8 @@ impl Programs {
             let shelf = Shelf::new(pins, &maps, constants);
             if let Some(fds) = shelf.take() {
                 debug!(shelf = %shelf, "took the loaded programs over");
+                // Those that a start that was killed had not removed yet.
+                shelf.remove_others()?;
                 return Ok(Self { shelf, fds });
             }
         }
@@ -119,6 +121,7 @@ impl Programs {
             fds.insert(name, fd.try_clone_to_owned().map_err(DataplaneError::file("keep", name))?);
         }
         shelf.fill(&fds)?;
+        shelf.remove_others()?;
         debug!(shelf = %shelf, "loaded the programs");
         #[cfg(feature = "packet-trace")]
         super::trace::follow(&mut ebpf);

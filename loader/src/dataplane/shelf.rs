@@ -61,11 +61,15 @@ impl Shelf {
     /// Pins the programs that are on a shelf in another folder, too, where they stay while others take their place here.
     pub(super) fn keep(pins: &Pins, folder: &Path) -> Result<(), DataplaneError> {
         let parent = pins.programs();
-        let Ok(mut shelves) = fs::read_dir(&parent) else { return Ok(()) };
-        // Two are there only if a start was killed between filling one and removing the other: either will do.
-        let Some(shelf) = shelves.next() else { return Ok(()) };
-        let shelf = shelf.map_err(DataplaneError::file("list", &parent))?.path();
-        Self { parent, folder: shelf }.take().map_or(Ok(()), |programs| pin_all(&programs, folder))
+        let Ok(shelves) = fs::read_dir(&parent) else { return Ok(()) };
+        for shelf in shelves {
+            let shelf = shelf.map_err(DataplaneError::file("list", &parent))?.path();
+            // Two are there only if a start was killed that had not filled one yet, or not removed the other.
+            if let Some(programs) = (Self { parent: parent.clone(), folder: shelf }).take() {
+                return pin_all(&programs, folder);
+            }
+        }
+        Ok(())
     }
 
     /// Every program, or `None` if one is missing or is something else.
@@ -87,9 +91,13 @@ impl Shelf {
         Some(programs)
     }
 
-    /// Pins the programs here, and removes those of other builds: what of them is attached works until it is replaced.
+    /// Pins the programs here.
     pub(super) fn fill(&self, programs: &BTreeMap<&'static str, OwnedFd>) -> Result<(), DataplaneError> {
-        pin_all(programs, &self.folder)?;
+        pin_all(programs, &self.folder)
+    }
+
+    /// Removes those of other builds: what of them is attached works until it is replaced.
+    pub(super) fn remove_others(&self) -> Result<(), DataplaneError> {
         let others = fs::read_dir(&self.parent).map_err(DataplaneError::file("list", &self.parent))?;
         for other in others {
             let other = other.map_err(DataplaneError::file("list", &self.parent))?.path();
