@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -14,6 +15,10 @@ use super::kernels::Kernel;
 
 /// A kernel that the processor runs is up in a second or two.
 const PROBE_LIMIT: Duration = Duration::from_secs(15);
+/// How long an emulated one may take until it says something. Now and then QEMU's emulation stands still while a kernel boots.
+const BOOT_LIMIT: Duration = Duration::from_secs(4 * 60);
+/// How often a machine that says nothing is started.
+const BOOTS: u32 = 3;
 /// What `init.sh` prints for a probe.
 const PROBE_ANSWER: &str = "sheave-vm: this accelerator works";
 
@@ -45,6 +50,17 @@ impl fmt::Display for Accelerator {
     }
 }
 
+/// How a machine came to its end.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// By itself.
+    Off,
+    /// It took too long, and was stopped.
+    Stopped,
+    /// It said nothing for too long, and was stopped.
+    Silent,
+}
+
 /// A machine with one kernel.
 pub(super) struct Machine<'a> {
     kernel: &'a Kernel,
@@ -68,7 +84,7 @@ impl<'a> Machine<'a> {
         let ran = self.boot(Accelerator::Kvm, "", "sheave.probe", PROBE_LIMIT, |line| {
             answered |= line.contains(PROBE_ANSWER);
         });
-        if ran.is_ok() && answered {
+        if ran.is_ok_and(|end| end == End::Off) && answered {
             return Accelerator::Kvm;
         }
         println!("vm: /dev/kvm is there but does not run a kernel; emulating");
@@ -81,10 +97,23 @@ impl<'a> Machine<'a> {
         accelerator: Accelerator,
         script: &str,
         limit: Duration,
-        read: impl FnMut(&str) + Send,
+        mut read: impl FnMut(&str) + Send,
     ) -> Result<bool> {
-        if !self.boot(accelerator, script, "", limit, read)? {
-            println!("vm: {} was stopped after {} minutes", self.kernel.release, limit.as_secs() / 60);
+        let release = &self.kernel.release;
+        let mut boots = 1;
+        let end = loop {
+            let end = self.boot(accelerator, script, "", limit, &mut read)?;
+            if end != End::Silent || boots == BOOTS {
+                break end;
+            }
+            println!("vm: {release} said nothing for {} minutes; it is started again", BOOT_LIMIT.as_secs() / 60);
+            boots += 1;
+        };
+        if end != End::Off {
+            println!(
+                "vm: {release} was stopped: it took longer than {} minutes, or said nothing",
+                limit.as_secs() / 60
+            );
             return Ok(false);
         }
         let status = fs::read_to_string(self.status()).unwrap_or_default();
@@ -109,7 +138,7 @@ impl<'a> Machine<'a> {
         self.folder.join("status")
     }
 
-    /// Starts QEMU and gives each line of the console to `read`. False if it had to be stopped.
+    /// Starts QEMU and gives each line of the console to `read`.
     fn boot(
         &self,
         accelerator: Accelerator,
@@ -117,27 +146,30 @@ impl<'a> Machine<'a> {
         parameters: &str,
         limit: Duration,
         mut read: impl FnMut(&str) + Send,
-    ) -> Result<bool> {
+    ) -> Result<End> {
         let archive = image::make(self.kernel, script, &self.folder)?;
         fs::write(self.status(), "")?;
         let mut qemu = self.command(accelerator, &archive, parameters);
         let mut child = qemu.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("cannot run QEMU")?;
         let console = BufReader::new(child.stdout.take().context("QEMU's output was not piped")?);
+        let spoke = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(move || {
+            scope.spawn(|| {
                 for line in console.split(b'\n').map_while(Result::ok) {
+                    spoke.store(true, Ordering::Relaxed);
                     read(String::from_utf8_lossy(&line).trim_end_matches('\r'));
                 }
             });
             let started = Instant::now();
             loop {
                 if child.try_wait()?.is_some() {
-                    return Ok(true);
+                    return Ok(End::Off);
                 }
-                if started.elapsed() > limit {
+                let silent = !spoke.load(Ordering::Relaxed) && started.elapsed() > BOOT_LIMIT;
+                if silent || started.elapsed() > limit {
                     child.kill()?;
                     child.wait()?;
-                    return Ok(false);
+                    return Ok(if silent { End::Silent } else { End::Stopped });
                 }
                 std::thread::sleep(Duration::from_millis(50));
             }
