@@ -6,7 +6,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use super::{Controller, chain};
+use super::chain;
+use super::passes::Controller;
 use crate::dataplane::{Audit, Finding};
 
 /// Between two slices, in which changes are applied.
