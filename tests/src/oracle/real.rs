@@ -150,8 +150,8 @@ impl Sheave {
     /// Has the model take changes in; returns the service ports that changed.
     fn take(&mut self, changes: &[Change]) -> BTreeMap<ServicePortName, Option<ServicePort>> {
         let mut dirty = BTreeSet::new();
-        for change in changes {
-            dirty.extend(self.model.apply(read(change)));
+        for change in changes.iter().filter_map(read) {
+            dirty.extend(self.model.apply(change));
         }
         let mut changed = BTreeMap::new();
         for key in dirty {
@@ -346,12 +346,13 @@ fn through_json<T: Serialize + DeserializeOwned>(object: &T) -> T {
     serde_json::from_str(&text).expect("and JSON an object")
 }
 
-fn read(change: &Change) -> ModelChange {
+/// What a source reports of a change; nothing when another node goes.
+fn read(change: &Change) -> Option<ModelChange> {
     fn split(key: &str) -> (String, String) {
         let (namespace, name) = key.split_once('/').expect("namespace/name");
         (namespace.to_owned(), name.to_owned())
     }
-    match change {
+    Some(match change {
         Change::Service(_, Some(object)) => ModelChange::Service((&through_json::<core::Service>(object)).into()),
         Change::Service(key, None) => {
             let (namespace, name) = split(key);
@@ -365,13 +366,11 @@ fn read(change: &Change) -> ModelChange {
             ModelChange::SliceGone(SliceKey { namespace: namespace.into(), name: name.into() })
         }
         Change::Node(_, Some(object)) => ModelChange::Node((&through_json::<core::Node>(object)).into()),
-        Change::Node(name, None) => {
-            assert_eq!(name, THIS_NODE, "sources report no other node");
-            ModelChange::NodeGone
-        }
+        Change::Node(name, None) if name == THIS_NODE => ModelChange::NodeGone,
+        Change::Node(_, None) => return None,
         Change::ServiceCidr(_, Some(object)) => {
             ModelChange::ServiceCidr((&through_json::<networking::ServiceCIDR>(object)).into())
         }
         Change::ServiceCidr(name, None) => ModelChange::ServiceCidrGone(name.clone()),
-    }
+    })
 }
