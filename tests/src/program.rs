@@ -166,7 +166,8 @@ impl Programs {
         Ok(())
     }
 
-    fn array<V: Pod>(&mut self, name: &str) -> Result<Array<&mut aya::maps::MapData, V>> {
+    /// An array by name.
+    pub fn array<V: Pod>(&mut self, name: &str) -> Result<Array<&mut aya::maps::MapData, V>> {
         Ok(Array::try_from(self.bpf.map_mut(name).with_context(|| format!("no map {name}"))?)?)
     }
 
@@ -237,7 +238,8 @@ impl Programs {
         match map {
             Map::HashMap(data) => Ok(Map::HashMap(again(data)?)),
             Map::Array(data) => Ok(Map::Array(again(data)?)),
-            _ => Err(anyhow!("{name} is neither a hash nor an array")),
+            Map::RingBuf(data) => Ok(Map::RingBuf(again(data)?)),
+            _ => Err(anyhow!("{name} is neither a hash, nor an array, nor a ring buffer")),
         }
     }
 

@@ -8,6 +8,7 @@ mod collisions;
 mod echo;
 mod failover;
 mod fragments;
+mod full;
 mod hostile;
 mod icmp;
 mod ipv6;
