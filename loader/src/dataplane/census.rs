@@ -74,8 +74,8 @@ impl Census {
         let (v4, v6) = (&maps.v4, &maps.v6);
         let mut runs = BTreeSet::new();
         let sets = |frontend: &Frontend| [frontend.cluster, frontend.local];
-        runs.extend(v4.frontends.dump_as(|_, frontend| sets(frontend))?.into_iter().flatten());
-        runs.extend(v6.frontends.dump_as(|_, frontend| sets(frontend))?.into_iter().flatten());
+        runs.extend(v4.frontends.dump_as(|_, frontend| sets(frontend))?);
+        runs.extend(v6.frontends.dump_as(|_, frontend| sets(frontend))?);
         let table = runs.iter().map(|run| run.length.next_multiple_of(IDS_PER_ELEMENT) as usize).sum();
         self.services = vec![
             fullness(names::FRONTENDS4, &v4.frontends)?,
@@ -125,7 +125,7 @@ impl Census {
                 let idle = now.saturating_sub(flow.last_seen);
                 let expired = idle > timeouts.of(key.protocol, flow.state, flow.closing);
                 let phase = if expired { EXPIRED } else { phase(flow.state, flow.closing) };
-                (flow.flags & flags::REPLY == 0).then_some((key.protocol, phase))
+                [(flow.flags & flags::REPLY == 0).then_some((key.protocol, phase))]
             })?;
             self.traffic.push(Fullness { map: name, entries: flows.len(), capacity: map.max_entries() });
             for flow in flows.into_iter().flatten() {
@@ -145,5 +145,5 @@ where
 }
 
 fn fullness<K: Pod, V: Pod>(map: &'static str, elements: &Map<K, V>) -> Result<Fullness, MapError> {
-    Ok(Fullness { map, entries: elements.dump_as(|_, _| ())?.len(), capacity: elements.max_entries() })
+    Ok(Fullness { map, entries: elements.dump_as(|_, _| [()])?.len(), capacity: elements.max_entries() })
 }

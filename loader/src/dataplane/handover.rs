@@ -123,10 +123,11 @@ where
 {
     let mut open = 0;
     for map in [&maps.conntrack, &maps.half_open] {
-        let elements = map.dump()?;
         let now = monotonic_seconds();
-        let forward = elements.iter().filter(|(_, flow)| flow.flags & flags::REPLY == 0);
-        open += forward.filter(|(key, flow)| loads::is_open(key, flow, timeouts, now)).count();
+        let is_counted = |key: &FlowKey<A>, flow: &Flow<A>| {
+            flow.flags & flags::REPLY == 0 && loads::is_open(key, flow, timeouts, now)
+        };
+        open += map.dump_as(|key, flow| is_counted(key, flow).then_some(()))?.len();
     }
     Ok(open)
 }

@@ -162,14 +162,12 @@ where
     Flow<A>: Pod,
 {
     for map in [&maps.conntrack, &maps.half_open] {
-        let elements = map.dump()?;
         let now = monotonic_seconds();
-        for (key, flow) in elements {
+        let backends = map.dump_as(|key, flow| {
             let counted = flow.flags & (flags::COUNTED | flags::REPLY) == flags::COUNTED;
-            if counted && is_open(&key, &flow, timeouts, now) {
-                add(counts, flow.backend_id);
-            }
-        }
+            (counted && is_open(key, flow, timeouts, now)).then_some(flow.backend_id)
+        })?;
+        backends.into_iter().for_each(|backend_id| add(counts, backend_id));
     }
     Ok(())
 }

@@ -143,35 +143,45 @@ impl<K: Pod, V: Pod> Map<K, V> {
 
     /// As [`Self::dump`], but no more elements after the first one whose key is not wanted: of an array, the first ones.
     pub(super) fn dump_while(&self, wanted: impl Fn(&K) -> bool) -> Result<Vec<(K, V)>, MapError> {
-        self.dump_with(|key, values| wanted(&key).then(|| (key, read(values, 0))))
+        self.dump_with(|key, values, elements| {
+            let wanted = wanted(&key);
+            elements.extend(wanted.then(|| (key, read(values, 0))));
+            wanted
+        })
     }
 
-    /// What `digest` makes of every element.
-    pub(super) fn dump_as<T>(&self, digest: impl Fn(&K, &V) -> T) -> Result<Vec<T>, MapError> {
-        self.dump_with(|key, values| Some(digest(&key, &read(values, 0))))
+    /// What `digest` makes of every element, some or nothing. No more than that is held in memory.
+    pub(super) fn dump_as<I: IntoIterator>(&self, digest: impl Fn(&K, &V) -> I) -> Result<Vec<I::Item>, MapError> {
+        self.dump_with(|key, values, elements| {
+            elements.extend(digest(&key, &read(values, 0)));
+            true
+        })
     }
 
     /// Every element, with one value per CPU for a per-CPU map.
     pub(super) fn dump_wide(&self) -> Result<Vec<(K, Vec<V>)>, MapError> {
-        self.dump_with(|key, values| Some((key, (0..self.width).map(|cpu| read(values, cpu)).collect())))
+        self.dump_with(|key, values, elements| {
+            elements.push((key, (0..self.width).map(|cpu| read(values, cpu)).collect()));
+            true
+        })
     }
 
-    /// What `element` makes of every element, up to the first one that it does not want.
-    fn dump_with<T>(&self, element: impl Fn(K, &[u8]) -> Option<T>) -> Result<Vec<T>, MapError> {
+    /// What `take` keeps of the elements, until it says that it wants no more.
+    fn dump_with<T>(&self, take: impl Fn(K, &[u8], &mut Vec<T>) -> bool) -> Result<Vec<T>, MapError> {
         let mut count = BATCH.min(self.max_entries.max(1));
         loop {
-            match self.dump_batches(count, &element) {
+            match self.dump_batches(count, &take) {
                 // A bucket has more elements than the buffer.
                 Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => count *= 2,
                 Err(error) if lacks_batches(&error) => {
-                    return self.dump_one_by_one(&element).map_err(|source| self.error("dump", source));
+                    return self.dump_one_by_one(&take).map_err(|source| self.error("dump", source));
                 }
                 result => return result.map_err(|source| self.error("dump", source)),
             }
         }
     }
 
-    fn dump_batches<T>(&self, count: u32, element: impl Fn(K, &[u8]) -> Option<T>) -> io::Result<Vec<T>> {
+    fn dump_batches<T>(&self, count: u32, take: impl Fn(K, &[u8], &mut Vec<T>) -> bool) -> io::Result<Vec<T>> {
         let room = count as usize;
         let (mut keys, mut values) = (buffer::<K>(room), buffer::<V>(room * self.width));
         let mut cursor = Cursor::default();
@@ -181,8 +191,9 @@ impl<K: Pod, V: Pod> Map<K, V> {
                 syscall::map_lookup_batch(self.fd.as_fd(), &mut cursor, &mut keys, &mut values, count)?;
             let values = values.chunks_exact(self.width * size_of::<V>());
             for (index, values) in values.take(read_now as usize).enumerate() {
-                let Some(element) = element(read(&keys, index), values) else { return Ok(elements) };
-                elements.push(element);
+                if !take(read(&keys, index), values, &mut elements) {
+                    return Ok(elements);
+                }
             }
             if end {
                 return Ok(elements);
@@ -190,19 +201,18 @@ impl<K: Pod, V: Pod> Map<K, V> {
         }
     }
 
-    fn dump_one_by_one<T>(&self, element: impl Fn(K, &[u8]) -> Option<T>) -> io::Result<Vec<T>> {
+    fn dump_one_by_one<T>(&self, take: impl Fn(K, &[u8], &mut Vec<T>) -> bool) -> io::Result<Vec<T>> {
         let mut elements = Vec::new();
         let (mut key, mut next, mut values) = (None::<Vec<u8>>, buffer::<K>(1), buffer::<V>(self.width));
-        while syscall::map_next_key(self.fd.as_fd(), key.as_deref(), &mut next)? {
-            if syscall::map_lookup(self.fd.as_fd(), &next, &mut values)? {
-                let Some(element) = element(read(&next, 0), &values) else { break };
-                elements.push(element);
-            }
-            key = Some(next.clone());
-            // A key that vanished starts the kernel over: there are never more keys than this.
-            if elements.len() > self.max_entries as usize {
+        // A key that vanished starts the kernel over: there are never more keys than this.
+        for _ in 0..=self.max_entries {
+            if !syscall::map_next_key(self.fd.as_fd(), key.as_deref(), &mut next)?
+                || syscall::map_lookup(self.fd.as_fd(), &next, &mut values)?
+                    && !take(read(&next, 0), &values, &mut elements)
+            {
                 break;
             }
+            key = Some(next.clone());
         }
         Ok(elements)
     }

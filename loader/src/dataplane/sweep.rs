@@ -49,7 +49,7 @@ where
         used.then_some(flow.service_id)
     };
     let established = maps.conntrack.dump_as(used)?;
-    Ok(established.into_iter().chain(maps.half_open.dump_as(used)?).flatten().collect())
+    Ok(established.into_iter().chain(maps.half_open.dump_as(used)?).collect())
 }
 
 /// Deletes the flows and the affinity entries of these service ids. Returns how many there were.
@@ -70,7 +70,7 @@ where
     FlowKey<A>: Pod,
     Flow<A>: Pod,
 {
-    let gone = |(key, flow): &(FlowKey<A>, Flow<A>)| gone(key.edge, flow.service_id);
+    let gone = |key: &FlowKey<A>, flow: &Flow<A>| gone(key.edge, flow.service_id);
     Ok(delete(&maps.conntrack, gone)? + delete(&maps.half_open, gone)?)
 }
 
@@ -78,13 +78,13 @@ fn affinity<A: Address>(maps: &FamilyMaps<A>, services: &BTreeSet<u32>) -> Resul
 where
     AffinityKey<A>: Pod,
 {
-    delete(&maps.affinity, |(key, _)| services.contains(&key.service_id))
+    delete(&maps.affinity, |key, _| services.contains(&key.service_id))
 }
 
-fn delete<K: Pod, V: Pod>(map: &Map<K, V>, gone: impl Fn(&(K, V)) -> bool) -> Result<usize, MapError> {
+fn delete<K: Pod, V: Pod>(map: &Map<K, V>, gone: impl Fn(&K, &V) -> bool) -> Result<usize, MapError> {
     let mut deleted = 0;
-    for (key, _) in map.dump()?.iter().filter(|element| gone(element)) {
-        deleted += usize::from(map.delete(key)?);
+    for key in map.dump_as(|key, value| gone(key, value).then_some(*key))? {
+        deleted += usize::from(map.delete(&key)?);
     }
     Ok(deleted)
 }
