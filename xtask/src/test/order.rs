@@ -42,7 +42,11 @@ impl Durations {
 
     /// What is known of a test, or a guess.
     pub(super) fn expected(&self, unit: &Unit<'_>) -> Duration {
-        let guess = if unit.program.name.starts_with("e2e_") { 10_000 } else { 1_000 };
+        let guess = match unit.program.name.starts_with("e2e_") {
+            _ if unit.slow && unit.test.is_some() => 600_000,
+            true => 10_000,
+            false => 1_000,
+        };
         Duration::from_millis(self.known.get(&unit.name()).copied().unwrap_or(guess))
     }
 
