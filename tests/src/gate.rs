@@ -5,7 +5,7 @@
 //! test is the one that people run, without a word about faults in it.
 
 use std::fmt;
-use std::io;
+use std::io::{self, Read as _};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
@@ -179,18 +179,22 @@ impl Copy {
     /// # Errors
     /// If there can't be another process.
     pub fn start(work: impl FnOnce()) -> Result<(Self, Gate)> {
+        // Work without a write would be over, and the copy gone, before its gate is taken. It begins at the end of this pipe.
+        let (mut begin, until) = io::pipe().context("a pipe")?;
         // SAFETY: the child makes no use of other threads' locks but the allocator's, which fork(2) takes care of.
         let process = unsafe { libc::fork() };
         if process < 0 {
             return Err(io::Error::last_os_error()).context("fork");
         }
         if process == 0 {
+            drop(until);
             std::panic::set_hook(Box::new(|panic| {
                 // Past the test harness, whose memory of it ends with this copy.
                 let _ = io::Write::write_fmt(&mut io::stderr(), format_args!("{panic}\n"));
             }));
             let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 hold_writes().expect("a gate");
+                begin.read_to_end(&mut Vec::new()).expect("the end of a pipe");
                 work();
             }));
             // SAFETY: the call takes no addresses. What the copy has in memory is the original's to tidy up.
@@ -198,6 +202,7 @@ impl Copy {
         }
         let copy = Self { process, ended: false };
         let gate = Gate::of(process.unsigned_abs())?;
+        drop(until);
         Ok((copy, gate))
     }
 
