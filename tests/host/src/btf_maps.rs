@@ -192,7 +192,7 @@ macro_rules! array {
 
 array!(Array PerCpuArray);
 
-/// A trie, searched from the longest prefix on.
+/// A trie: the longest prefix counts.
 pub struct LpmTrie<K, V, const ENTRIES: usize>(Shared<V>, std::marker::PhantomData<fn(K)>);
 
 pub mod lpm_trie {
@@ -211,15 +211,24 @@ pub mod lpm_trie {
     }
 }
 
-/// The first bits of some bytes, and how many.
+/// Which bits of the byte at an index are among the first `bits`.
+fn mask(index: u32, bits: u32) -> u8 {
+    !u8::MAX.checked_shr(bits.saturating_sub(index * 8).min(8)).unwrap_or(0)
+}
+
+/// The first bits of some bytes, and how many: what an element is kept under.
 fn prefix(data: &[u8], bits: u32) -> Vec<u8> {
-    let mut prefix = data.to_vec();
-    for (index, byte) in (0..).zip(&mut prefix) {
-        let kept = bits.saturating_sub(index * 8).min(8);
-        *byte &= !u8::MAX.checked_shr(kept).unwrap_or(0);
-    }
-    prefix.extend(bits.to_be_bytes());
-    prefix
+    let masked = (0..).zip(data).map(|(index, byte)| byte & mask(index, bits));
+    masked.chain(bits.to_be_bytes()).collect()
+}
+
+/// How many bits a prefix has, if it is one of some bytes.
+fn length_of(prefix: &[u8], data: &[u8]) -> Option<u32> {
+    let (start, bits) = prefix.split_last_chunk()?;
+    let bits = u32::from_be_bytes(*bits);
+    let is_prefix =
+        (0..).zip(start.iter().zip(data)).all(|(index, (one, other))| (one ^ other) & mask(index, bits) == 0);
+    is_prefix.then_some(bits)
 }
 
 impl<K: Copy, V: Copy, const ENTRIES: usize> LpmTrie<K, V, ENTRIES> {
@@ -229,8 +238,13 @@ impl<K: Copy, V: Copy, const ENTRIES: usize> LpmTrie<K, V, ENTRIES> {
     }
 
     pub fn get(&self, key: &lpm_trie::Key<K>) -> Option<&V> {
-        let (data, elements) = (key.data, self.0.elements());
-        let longest = (0..=key.prefix_len).rev().find_map(|bits| elements.get(&prefix(bytes(&data), bits)));
+        let (data, limit) = (key.data, key.prefix_len);
+        // There are few, so they are all looked at.
+        let matching = self.0.elements().live.iter().filter_map(|(prefix, element)| {
+            let bits = length_of(prefix, bytes(&data)).filter(|bits| *bits <= limit)?;
+            Some((bits, element.get()))
+        });
+        let longest = matching.max_by_key(|(bits, _)| *bits).map(|(_, element)| element);
         // SAFETY: elements stay in place until the maps are cleared.
         longest.map(|element| unsafe { &*element })
     }

@@ -22,10 +22,9 @@ pub fn run(input: &[u8]) {
     let given = catalogue.take_changes();
     catalogue.see(name, Ok(text.to_owned()));
     assert!(catalogue.take_changes().is_empty(), "the same file again is no change");
-    let sound = objects::sound();
-    let alone = objects::desired(&sound);
+    let (sound, alone) = objects::sound_alone();
     let changes: Vec<Change> = given.into_iter().filter(|change| !concerns_sound(change)).collect();
-    objects::check(&[sound, changes].concat(), &alone, TABLE);
+    objects::check(&[&sound[..], &changes].concat(), alone, TABLE);
 }
 
 /// Whether an object may rightly change what the sound ones come to: it is one of them, or this Node, or wants their addresses.

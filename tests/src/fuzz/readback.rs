@@ -54,8 +54,9 @@ fn desired(input: &mut Unstructured<'_>) -> Result<Desired> {
             affinity_seconds: u32::from(policy & 4),
             ..ServicePort::default()
         };
-        // Maglev's runs are long.
-        if policy & 0x30 != 0 && port.algorithm == Algorithm::Maglev {
+        // Maglev's runs are long: one at a time, and another that takes its place, have room.
+        let is_long = |port: &ServicePort| port.algorithm == Algorithm::Maglev;
+        if is_long(&port) && (policy & 0x30 != 0 || all.values().any(is_long)) {
             port.algorithm = Algorithm::Random;
         }
         let ipv6 = kind & 1 != 0;
