@@ -160,10 +160,12 @@ macro_rules! array {
                     self.get_ptr_mut(index).map(<*mut V>::cast_const)
                 }
 
-                /// A copy of every element that was ever asked for.
-                pub fn dump(&self) -> Vec<V> {
+                /// A copy of every element that was ever asked for, with its index.
+                pub fn dump(&self) -> Vec<(u32, V)> {
+                    let index = |key: &[u8]| key.iter().fold(0, |index, byte| index << 8 | u32::from(*byte));
+                    let elements = self.0.elements().live.iter();
                     // SAFETY: the elements are this map's, and no program runs.
-                    self.0.elements().live.values().map(|element| unsafe { *element.get() }).collect()
+                    elements.map(|(key, element)| (index(key), unsafe { *element.get() })).collect()
                 }
 
                 pub fn get_ptr_mut(&self, index: u32) -> Option<*mut V> {

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use etherparse::{IpNumber, LaxNetSlice, LaxSlicedPacket};
+use sheave_common::drop_reason::{self, DropReason};
 use sheave_common::{PROTOCOL_ICMP, PROTOCOL_ICMPV6, PROTOCOL_SCTP, PROTOCOL_TCP, PROTOCOL_UDP};
 use sheave_ebpf_host::kernel::{Fate, Hook, Input, Output, Redirect};
 use sheave_ebpf_host::maps;
@@ -12,6 +13,7 @@ use sheave_ebpf_host::parsing::Found;
 use sheave_ebpf_host::programs::Checksum;
 
 use super::world::{HAIRPIN, NODE, SNAT_PORTS, World};
+use crate::packet::{FIN, RST, SYN};
 
 /// A packet that comes to a hook.
 #[derive(Clone, Debug)]
@@ -27,13 +29,20 @@ pub(super) struct Sight {
 }
 
 impl Sight {
-    /// The same without what XDP can't see: the kernel's view of whom the frame is for, checksums that others finish.
+    /// The same without what XDP can't see: the kernel's view of whom the frame is for, checksums that others finish. And without
+    /// segments that open and end a connection at once: XDP notes that it is over and may pass them up, where they have none.
     pub(super) fn whole(&self) -> Self {
         let mut sight = self.clone();
         sight.input.linear = sight.input.bytes.len();
         sight.input.kind = if sight.input.bytes.first().is_some_and(|first| first & 1 != 0) { 2 } else { 0 };
         sight.input.gso_size = 0;
         sight.input.checksum = Checksum::Final;
+        let consistent = |flags: u8| if flags & SYN != 0 { flags & !(FIN | RST) } else { flags };
+        let network = sight.hook.network() as usize;
+        if let Some(flags) = tcp_flags(&sight.input.bytes, network) {
+            set_tcp_flags(&mut sight.input.bytes, network, consistent(flags));
+        }
+        sight.answered = sight.answered.map(|[which, flags]| [which, consistent(flags)]);
         sight
     }
 
@@ -226,15 +235,24 @@ pub(super) fn turn(bytes: &mut [u8], network: usize) {
 
 /// Changes the flags of a TCP segment, and its checksum with them.
 pub(super) fn set_tcp_flags(bytes: &mut [u8], network: usize, flags: u8) {
-    let Some(fields) = Fields::of(bytes, network) else { return };
-    let Some(header) = bytes.get_mut(fields.transport..fields.transport + 20) else { return };
-    if fields.protocol != PROTOCOL_TCP || !fields.first {
-        return;
-    }
+    let Some(at) = tcp_header(bytes, network) else { return };
+    let header = &mut bytes[at..at + 20];
     let checksum = !u16::from_be_bytes([header[16], header[17]]);
     let checksum = !add(add(checksum, !u16::from(header[13])), u16::from(flags));
     header[13] = flags;
     header[16..18].copy_from_slice(&checksum.to_be_bytes());
+}
+
+/// The flags of a packet that has a TCP header.
+fn tcp_flags(bytes: &[u8], network: usize) -> Option<u8> {
+    tcp_header(bytes, network).map(|at| bytes[at + 13])
+}
+
+/// Where a packet's TCP header is, if it has one whole.
+fn tcp_header(bytes: &[u8], network: usize) -> Option<usize> {
+    let fields = Fields::of(bytes, network)?;
+    let has = fields.protocol == PROTOCOL_TCP && fields.first && fields.transport + 20 <= bytes.len();
+    has.then_some(fields.transport)
 }
 
 /// Leaves a packet's transport checksum to the device, where it has one of these (protocol, offset) and is a whole packet.
@@ -262,8 +280,11 @@ pub(super) struct Laws {
     counted: u64,
 }
 
+/// Packets that were dropped or answered. What others had to give way for is counted in the same map, and goes on.
 fn counted() -> u64 {
-    maps::DROP_COUNTERS.dump().iter().sum()
+    let goes_on = [drop_reason::SYN_FAILOVERS, DropReason::HalfOpenReplaced as u32];
+    let counters = maps::DROP_COUNTERS.dump().into_iter();
+    counters.filter(|(index, _)| !goes_on.contains(index)).map(|(_, count)| count).sum()
 }
 
 impl Laws {
