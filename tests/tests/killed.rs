@@ -147,7 +147,7 @@ fn a_daemon_killed_between_any_two_writes_misleads_no_packet_and_leaves_nothing_
 }
 
 #[test]
-#[ignore = "slow: every write of dozens of random changes, ten minutes"]
+#[ignore = "slow: every write of dozens of random changes, four minutes"]
 fn a_daemon_killed_between_any_two_writes_of_random_changes_misleads_no_packet() {
     let seeds = match std::env::var("SHEAVE_SEED") {
         Ok(seed) => vec![seed.parse().expect("SHEAVE_SEED is a number")],

@@ -1,7 +1,9 @@
 //! Links: what is attached where, across restarts and when interfaces come and go.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
+use anyhow::ensure;
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::tc::{SchedClassifier, TcAttachType};
 use sheave::config::{ConnectMode, XdpMode};
@@ -9,6 +11,7 @@ use sheave::dataplane::{Dataplane, Features};
 use sheave::interfaces::Role;
 use sheave_common::config;
 use sheave_common::interface::flags;
+use sheave_tests::process::eventually;
 
 use crate::bench::{Bench, edges, in_namespace, insert_flow, interface, interface_index, output, run};
 
@@ -16,6 +19,16 @@ use crate::bench::{Bench, edges, in_namespace, insert_flow, interface, interface
 pub(crate) fn tcx_programs(name: &str) -> usize {
     let hooks = [TcAttachType::Ingress, TcAttachType::Egress].into_iter();
     hooks.map(|hook| SchedClassifier::query_tcx(name, hook).expect("a TCX query").1.len()).sum()
+}
+
+/// Nothing is on an interface any more. The kernel detaches a moment after a link's last holder is gone.
+pub(crate) fn await_no_programs(name: &str) {
+    let gone = eventually(Duration::from_secs(10), || {
+        let programs = tcx_programs(name);
+        ensure!(programs == 0, "{programs} programs on {name}");
+        Ok(())
+    });
+    gone.expect("links end");
 }
 
 fn link_id(bench: &Bench, pin: &str) -> u32 {
@@ -135,7 +148,7 @@ fn pins_of_another_network_namespace_are_not_taken_for_this_ones() {
             dataplane.attach(&interface("pod0", Role::Pod)).expect("attached");
             assert_eq!(tcx_programs("pod0"), 2);
         });
-        assert_eq!(tcx_programs("pod0"), 0);
+        await_no_programs("pod0");
     });
 }
 
