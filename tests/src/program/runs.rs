@@ -4,8 +4,8 @@ use std::os::fd::AsFd as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use aya::TestRunOptions;
-use aya::programs::{SchedClassifier, TestRun as _, Xdp};
+use aya::programs::{SchedClassifier, TestRun, Xdp};
+use aya::{TestRunOptions, TestRunResult};
 
 use super::Programs;
 use crate::raw_bpf::{self, xdp_context};
@@ -61,16 +61,7 @@ impl Programs {
             skb[offset..offset + 4].copy_from_slice(&value.to_ne_bytes());
         }
         // An answer may be longer than the packet that it answers.
-        let mut out = vec![0_u8; packet.len() + 256];
-        let result = program.test_run(TestRunOptions {
-            data_in: Some(packet),
-            data_out: Some(&mut out),
-            ctx_in: Some(&skb),
-            repeat,
-            ..TestRunOptions::new()
-        })?;
-        out.truncate(usize::try_from(result.data_size_out)?);
-        Ok(Outcome { action: result.return_value.cast_signed(), packet: out, duration: result.duration })
+        run(program, packet, &skb, repeat, 256)
     }
 
     /// A tc program, loaded when it is asked for first: the kernel's verifier takes its time over each.
@@ -91,17 +82,7 @@ impl Programs {
     /// Runs the XDP program again and again on what it has made of the frame; the outcome is the last run's.
     pub fn xdp_repeated(&mut self, packet: &[u8], ifindex: u32, repeat: u32) -> Result<Outcome> {
         let context = xdp_context(packet, ifindex)?;
-        let program = self.uplink_xdp()?;
-        let mut out = vec![0_u8; packet.len() + 4_096];
-        let result = program.test_run(TestRunOptions {
-            data_in: Some(packet),
-            data_out: Some(&mut out),
-            ctx_in: Some(&context),
-            repeat,
-            ..TestRunOptions::new()
-        })?;
-        out.truncate(usize::try_from(result.data_size_out)?);
-        Ok(Outcome { action: result.return_value.cast_signed(), packet: out, duration: result.duration })
+        run(self.uplink_xdp()?, packet, &context, repeat, 4_096)
     }
 
     /// Runs the XDP program on frames that then really leave (see [`raw_bpf::live_frames`]).
@@ -117,4 +98,21 @@ impl Programs {
         }
         Ok(program)
     }
+}
+
+/// Runs a program again and again on what it has made of a packet, which may grow by so many bytes.
+fn run<P>(program: &P, packet: &[u8], context: &[u8], repeat: u32, growth: usize) -> Result<Outcome>
+where
+    P: for<'a> TestRun<Opts<'a> = TestRunOptions<'a>, Result = TestRunResult>,
+{
+    let mut out = vec![0_u8; packet.len() + growth];
+    let result = program.test_run(TestRunOptions {
+        data_in: Some(packet),
+        data_out: Some(&mut out),
+        ctx_in: Some(context),
+        repeat,
+        ..TestRunOptions::new()
+    })?;
+    out.truncate(usize::try_from(result.data_size_out)?);
+    Ok(Outcome { action: result.return_value.cast_signed(), packet: out, duration: result.duration })
 }

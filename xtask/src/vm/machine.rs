@@ -109,12 +109,16 @@ impl<'a> Machine<'a> {
             println!("vm: {release} said nothing for {} minutes; it is started again", BOOT_LIMIT.as_secs() / 60);
             boots += 1;
         };
-        if end != End::Off {
-            println!(
-                "vm: {release} was stopped: it took longer than {} minutes, or said nothing",
-                limit.as_secs() / 60
-            );
-            return Ok(false);
+        match end {
+            End::Off => {}
+            End::Stopped => {
+                println!("vm: {release} was stopped after {} minutes", limit.as_secs() / 60);
+                return Ok(false);
+            }
+            End::Silent => {
+                println!("vm: {release} never said anything in {BOOTS} starts");
+                return Ok(false);
+            }
         }
         let status = fs::read_to_string(self.status()).unwrap_or_default();
         if status.trim().is_empty() {
