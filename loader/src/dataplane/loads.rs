@@ -11,8 +11,6 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use aya::Pod;
@@ -29,6 +27,7 @@ use super::map::Map;
 use super::maps::{FamilyMaps, Maps};
 use super::sockets::diagnosis::Diagnosis;
 use super::syscall::monotonic_seconds;
+use super::worker::{Call, Calls, Worker};
 
 /// How often connections are counted.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -38,35 +37,15 @@ const PART: u32 = 50;
 /// Connections by backend id.
 type Counts = BTreeMap<u32, i64>;
 
-/// The thread that counts. It ends on drop.
-#[derive(Debug)]
-pub(super) struct Counter {
-    stop: Option<SyncSender<()>>,
-    thread: Option<JoinHandle<()>>,
+/// Starts the thread, for the calling thread's network namespace and the maps pinned in a directory.
+pub(super) fn start(directory: &Path) -> Result<Worker, MapError> {
+    let connections = Connections::open(directory)?;
+    Ok(Worker::start(move |calls| work(calls, &connections)))
 }
 
-impl Counter {
-    /// Starts the thread, for the calling thread's network namespace and the maps pinned in a directory.
-    pub(super) fn start(directory: &Path) -> Result<Self, MapError> {
-        let connections = Connections::open(directory)?;
-        let (stop, stopped) = mpsc::sync_channel(0);
-        let thread = thread::spawn(move || work(&stopped, &connections));
-        Ok(Self { stop: Some(stop), thread: Some(thread) })
-    }
-}
-
-impl Drop for Counter {
-    fn drop(&mut self) {
-        self.stop = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-fn work(stopped: &Receiver<()>, connections: &Connections) {
+fn work(calls: &Calls, connections: &Connections) {
     let mut wait = INTERVAL;
-    while stopped.recv_timeout(wait) == Err(RecvTimeoutError::Timeout) {
+    while calls.wait(wait) != Call::End {
         let started = Instant::now();
         match connections.settle() {
             Ok(0) => {}

@@ -33,6 +33,7 @@ mod trace;
 mod trial;
 mod usage;
 mod views;
+mod worker;
 mod writer;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -64,11 +65,11 @@ use crate::model::desired::{ServicePort, ServicePortName};
 use crate::model::network::Network;
 use crate::plan::{Batch, Grace, Outcome, Planner};
 use links::Links;
-use loads::Counter;
 use maps::Maps;
 use pins::Pins;
 use programs::Programs;
 use sockets::Closer;
+use worker::Worker;
 use writer::Writer;
 
 /// What became of a batch of changes.
@@ -85,7 +86,7 @@ pub struct Dataplane {
     /// Every map, with where it is pinned: also those that only programs use.
     kept: Vec<(PathBuf, OwnedFd)>,
     sockets: Closer,
-    _loads: Counter,
+    _loads: Worker,
     xdp: XdpMode,
     /// Service ports that a full map refused, by map, each time that it was tried.
     refused: BTreeMap<&'static str, u64>,
@@ -151,7 +152,7 @@ impl Dataplane {
         };
         let kept = definitions.iter().map(|definition| pins.open_map(definition)).collect::<Result<_, _>>()?;
         let sockets = Closer::start(pins.directory())?;
-        let loads = Counter::start(pins.directory())?;
+        let loads = loads::start(pins.directory())?;
         Ok(Self {
             programs,
             writer,

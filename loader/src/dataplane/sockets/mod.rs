@@ -14,14 +14,14 @@ pub(super) mod diagnosis;
 
 use std::io;
 use std::path::Path;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Duration;
 
 use sheave_common::PROTOCOL_UDP;
 use tracing::{info, warn};
 
 use super::error::MapError;
+use super::worker::{Call, Calls, Worker};
 use crate::model::desired::Protocol;
 use crate::plan::{Batch, Owner, Write};
 use balanced::Balanced;
@@ -34,42 +34,27 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// How often sockets are looked at otherwise, so that they are known before an LRU map forgets them.
 const ROUTINE: Duration = Duration::from_secs(60);
 
-/// The thread that closes sockets. It ends on drop.
+/// Closes sockets, in a thread of its own; there is none where the kernel can't do it.
 #[derive(Debug)]
-pub(super) struct Closer {
-    wake: Option<SyncSender<()>>,
-    thread: Option<JoinHandle<()>>,
-}
+pub(super) struct Closer(Option<Worker>);
 
 impl Closer {
     /// Starts the thread, for the calling thread's network namespace and the maps pinned in a directory.
     pub(super) fn start(directory: &Path) -> Result<Self, MapError> {
         let balanced = Balanced::open(directory)?;
-        let (wake, wakes) = mpsc::sync_channel(1);
-        let thread = match Diagnosis::open() {
-            Ok(diagnosis) => Some(thread::spawn(move || work(&wakes, diagnosis, balanced))),
+        Ok(Self(match Diagnosis::open() {
+            Ok(diagnosis) => Some(Worker::start(move |calls| work(calls, &diagnosis, balanced))),
             Err(error) => {
                 report_unable(&error);
                 None
             }
-        };
-        Ok(Self { wake: Some(wake), thread })
+        }))
     }
 
     /// Has every connected UDP socket looked at. Does not wait for that.
     pub(super) fn look(&self) {
-        if let Some(wake) = &self.wake {
-            // Full: a look is due anyway. Disconnected: the kernel can't do it, which was logged.
-            let _ = wake.try_send(());
-        }
-    }
-}
-
-impl Drop for Closer {
-    fn drop(&mut self) {
-        self.wake = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+        if let Some(worker) = &self.0 {
+            worker.wake();
         }
     }
 }
@@ -86,15 +71,15 @@ pub(super) fn concerned(batch: &Batch) -> bool {
     })
 }
 
-fn work(wakes: &Receiver<()>, diagnosis: Diagnosis, mut balanced: Balanced) {
+fn work(calls: &Calls, diagnosis: &Diagnosis, mut balanced: Balanced) {
     let mut wait = ROUTINE;
     loop {
-        wait = match wakes.recv_timeout(wait) {
-            Ok(()) => AGAIN,
-            Err(RecvTimeoutError::Timeout) => ROUTINE,
-            Err(RecvTimeoutError::Disconnected) => return,
+        wait = match calls.wait(wait) {
+            Call::Woken => AGAIN,
+            Call::Time => ROUTINE,
+            Call::End => return,
         };
-        match close_stale(&diagnosis, &mut balanced) {
+        match close_stale(diagnosis, &mut balanced) {
             Ok(0) => {}
             Ok(closed) => info!(closed, "closed connected UDP sockets whose endpoint is gone"),
             Err(Failure::Diagnosis(error)) if is_lasting(&error) => return report_unable(&error),
