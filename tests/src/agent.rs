@@ -16,7 +16,7 @@ use crate::process::{Process, built, eventually};
 use crate::topology::Node;
 
 /// Long enough for a debug build on a busy machine to load its programs.
-const START: Duration = Duration::from_secs(30);
+const START: Duration = Duration::from_secs(120);
 
 /// What an agent holds beside its process: pins and a cgroup of its own. Survives kill and restart; removed on drop.
 #[derive(Debug)]
