@@ -39,6 +39,12 @@ fn packets_in_the_programs_on_the_host() {
 }
 
 #[test]
+fn headers_in_the_parser_on_the_host() {
+    replay("headers", fuzz::packets::run_headers);
+    by_chance(fuzz::packets::run_headers);
+}
+
+#[test]
 fn objects_from_an_api_server() {
     replay("objects", fuzz::objects::run);
     by_chance(fuzz::objects::run);

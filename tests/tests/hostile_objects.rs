@@ -14,7 +14,7 @@ use sheave::plan::PlanError;
 use sheave_tests::fuzz::objects;
 
 /// As many backend ids as these need.
-const TABLE: u32 = 65_536;
+const ROOM: objects::Room = objects::Room { table: 65_536, services: 2_048 };
 
 type Ports = BTreeMap<ServicePortName, ServicePort>;
 
@@ -43,7 +43,7 @@ fn fields(problems: &[Problem]) -> Vec<&str> {
 fn beside_others(changes: Vec<Change>) -> (Ports, BTreeMap<ServicePortName, PlanError>) {
     let sound = objects::sound();
     let alone = objects::desired(&sound);
-    let (mut ports, refused) = objects::check(&[sound, changes].concat(), &alone, TABLE);
+    let (mut ports, refused) = objects::check(&[sound, changes].concat(), &alone, ROOM);
     ports.retain(|name, _| &*name.service.namespace == "default");
     (ports, refused)
 }

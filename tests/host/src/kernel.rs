@@ -1,5 +1,6 @@
 //! What a test tells the kernel under the programs, and what it hears.
 
+use std::cell::Cell;
 use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -180,12 +181,17 @@ pub struct Output {
 
 /// The one kernel of this process, for one test at a time.
 pub struct Kernel {
+    /// A program ran, and may have left something outside of maps.
+    ran: Cell<bool>,
     _turn: MutexGuard<'static, ()>,
 }
 
 impl Drop for Kernel {
     fn drop(&mut self) {
         every_map::ALL.iter().for_each(|map| map.clear());
+        if !self.ran.get() {
+            return;
+        }
         // SAFETY: no program runs, and none will before the next kernel has its turn.
         unsafe {
             (&raw mut failover::ANSWERED).write_bytes(0, 1);
@@ -200,7 +206,7 @@ impl Kernel {
     pub fn boot(features: u32) -> Self {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         with(|state| *state = State { features, ..State::new() });
-        Self { _turn: turn }
+        Self { ran: Cell::new(false), _turn: turn }
     }
 
     /// Adds a route.
@@ -223,6 +229,7 @@ impl Kernel {
     pub fn run(&self, hook: Hook, input: &Input) -> Output {
         let program = if hook == Hook::Xdp { Program::Xdp } else { Program::Tc };
         with(|state| (state.program, state.redirected) = (program, None));
+        self.ran.set(true);
         let memory = Memory::new(&input.bytes, input.linear, hook.network());
         let family = family(hook, &input.bytes);
         let (fate, memory, checksum) = if hook == Hook::Xdp {

@@ -9,10 +9,23 @@ use sheave::plan::{Backend, Batch, Dump, Failure, Frontend, FrontendAddress, Pla
 use sheave_common::backend::IDS_PER_ELEMENT;
 use sheave_common::frontend::{BackendSet, flags};
 
-/// Backend ids that the backend table has room for.
-pub(super) const TABLE: u32 = 8_192;
-/// Service ids.
-const SERVICES: u32 = 2_048;
+/// What the maps have room for. A start reads all of it, so an input has no more than it needs.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// Backend ids in the backend table.
+    pub table: u32,
+    /// Service ids.
+    pub services: u32,
+}
+
+impl Room {
+    /// For inputs of the targets.
+    pub(super) fn new(services: u32, has_maglev: bool) -> Self {
+        // Maglev's runs are long: one, and another that takes its place, have room.
+        Self { table: if has_maglev { 8_192 } else { 1_024 }, services }
+    }
+}
+
 /// How often a plan is made again for what could not be done at once: after a grace period, after a sweep.
 const ROUNDS: usize = 4;
 
@@ -26,13 +39,14 @@ pub(super) struct Maps {
     pub(super) table: Vec<u32>,
     pub(super) next_backend_id: u32,
     pub(super) next_service_id: u32,
+    services: u32,
     /// Frontends as a controller wrote them. What a frontend names that somebody else wrote may overlap anything.
     pub(super) own: BTreeSet<FrontendAddress>,
 }
 
 impl Maps {
-    pub(super) fn new(table: u32) -> Self {
-        Self { table: vec![0; table as usize], ..Self::default() }
+    pub(super) fn new(room: Room) -> Self {
+        Self { table: vec![0; room.table as usize], services: room.services, ..Self::default() }
     }
 
     fn dump(&self) -> Dump {
@@ -45,7 +59,7 @@ impl Maps {
             table_size: self.table.len() as u32,
             next_backend_id: self.next_backend_id,
             next_service_id: self.next_service_id,
-            service_limit: SERVICES,
+            service_limit: self.services,
         }
     }
 
@@ -114,11 +128,16 @@ impl Maps {
         let batch = planner.plan_all(desired.clone());
         let mut refused = self.execute(&mut planner, batch);
         for _ in 0..ROUNDS {
-            if let Some(grace) = planner.begin_grace() {
+            let grace = planner.begin_grace();
+            let waited = grace.is_some();
+            if let Some(grace) = grace {
                 let batch = planner.reclaim(grace);
                 self.execute(&mut planner, batch);
             }
             let sweep = planner.service_ids_to_sweep();
+            if !waited && sweep.is_empty() {
+                break;
+            }
             planner.swept(&sweep, BTreeSet::new());
             let batch = planner.plan(BTreeMap::new());
             refused = self.execute(&mut planner, batch);
@@ -166,8 +185,8 @@ impl Maps {
     }
 
     /// From empty maps.
-    pub(super) fn fresh(desired: &BTreeMap<ServicePortName, ServicePort>) -> Self {
-        let mut maps = Self::new(TABLE);
+    pub(super) fn fresh(room: Room, desired: &BTreeMap<ServicePortName, ServicePort>) -> Self {
+        let mut maps = Self::new(room);
         assert!(maps.reach(desired).is_empty(), "there is room for it");
         maps
     }

@@ -6,7 +6,6 @@ use std::ffi::OsStr;
 use sheave::model::Change;
 use sheave::source::manifests::Catalogue;
 
-use super::kernel_maps::TABLE;
 use super::objects;
 
 /// Runs one input: its first byte says how the file is written.
@@ -24,7 +23,8 @@ pub fn run(input: &[u8]) {
     assert!(catalogue.take_changes().is_empty(), "the same file again is no change");
     let (sound, alone) = objects::sound_alone();
     let changes: Vec<Change> = given.into_iter().filter(|change| !concerns_sound(change)).collect();
-    objects::check(&[&sound[..], &changes].concat(), alone, TABLE);
+    let changes = [&sound[..], &changes].concat();
+    objects::check(&changes, alone, objects::room(&changes));
 }
 
 /// Whether an object may rightly change what the sound ones come to: it is one of them, or this Node, or wants their addresses.

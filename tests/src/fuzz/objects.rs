@@ -15,8 +15,11 @@ use sheave::model::desired::{Algorithm, ServicePort, ServicePortName};
 use sheave::model::{Change, Model, ModelOptions};
 use sheave::plan::PlanError;
 
-use super::kernel_maps::{Maps, TABLE};
+use super::kernel_maps::Maps;
+pub use super::kernel_maps::Room;
 
+/// Service ids: more than the ports of all Services that an input has bytes for.
+const SERVICES: u32 = 512;
 /// Where the sound objects are.
 const SOUND: &str = "sound";
 
@@ -31,7 +34,14 @@ pub fn run(input: &[u8]) {
     while let Ok(change) = wrong(&mut input) {
         changes.extend(change);
     }
-    check(&changes, alone, TABLE);
+    check(&changes, alone, room(&changes));
+}
+
+/// What objects of one input take.
+pub(super) fn room(changes: &[Change]) -> Room {
+    let is_maglev =
+        |change: &Change| matches!(change, Change::Service(service) if service.algorithm == Some(Algorithm::Maglev));
+    Room::new(SERVICES, changes.iter().any(is_maglev))
 }
 
 /// [`sound`], and what they come to by themselves.
@@ -44,7 +54,7 @@ pub(super) fn sound_alone() -> &'static (Vec<Change>, BTreeMap<ServicePortName, 
     })
 }
 
-/// Brings a node, whose backend table has room for so many ids, to what objects say; those of [`SOUND`] are as they are `alone`.
+/// Brings a node, whose maps have this room, to what objects say; those of [`SOUND`] are as they are `alone`.
 /// Returns the service ports, and those of which the plan says why they can't be.
 ///
 /// # Panics
@@ -52,13 +62,13 @@ pub(super) fn sound_alone() -> &'static (Vec<Change>, BTreeMap<ServicePortName, 
 pub fn check(
     changes: &[Change],
     alone: &BTreeMap<ServicePortName, ServicePort>,
-    table: u32,
+    room: Room,
 ) -> (BTreeMap<ServicePortName, ServicePort>, BTreeMap<ServicePortName, PlanError>) {
     let all = desired(changes);
     let of_sound = all.iter().filter(|(name, _)| &*name.service.namespace == SOUND);
     let of_sound: BTreeMap<_, _> = of_sound.map(|(name, port)| (name.clone(), port.clone())).collect();
     assert_eq!(of_sound, *alone, "objects of another namespace changed what these come to");
-    let mut maps = Maps::new(table);
+    let mut maps = Maps::new(room);
     let refused = maps.reach(&all);
     for (name, error) in &refused {
         assert_ne!(&*name.service.namespace, SOUND, "{error}");

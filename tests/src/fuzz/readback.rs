@@ -12,7 +12,10 @@ use sheave::plan::{Backend, Frontend, FrontendAddress, PlanError};
 use sheave_common::frontend::{BackendSet, flags};
 use sheave_common::service_name::{ServiceName, TEXT_LENGTH};
 
-use super::kernel_maps::{Maps, TABLE};
+use super::kernel_maps::{Maps, Room};
+
+/// Service ids that there are: several times as many as are desired and named by chance.
+const SERVICES: u32 = 128;
 
 /// Runs one input.
 ///
@@ -21,13 +24,15 @@ use super::kernel_maps::{Maps, TABLE};
 pub fn run(input: &[u8]) {
     let mut input = Unstructured::new(input);
     let Ok((desired, before)) = read(&mut input) else { return };
-    let mut maps = Maps::fresh(&before);
+    let is_maglev = |port: &ServicePort| port.algorithm == Algorithm::Maglev;
+    let room = Room::new(SERVICES, desired.values().chain(before.values()).any(is_maglev));
+    let mut maps = Maps::fresh(room, &before);
     // What a controller wrote, and then something went wrong.
     let _ = spoil(&mut input, &mut maps);
     let exhausted = maps.next_backend_id.max(maps.backends.keys().max().copied().unwrap_or(0)) > u32::MAX - 1_000;
     let refused = maps.reach(&desired);
     if refused.is_empty() {
-        assert_eq!(maps.meaning(), Maps::fresh(&desired).meaning());
+        assert_eq!(maps.meaning(), Maps::fresh(room, &desired).meaning());
         let names: BTreeSet<&ServicePortName> = maps.names.values().flatten().collect();
         assert_eq!(names, desired.keys().collect(), "exactly the desired service ports have names");
         maps.assert_settled(&desired);
@@ -106,23 +111,26 @@ fn network(ipv6: bool, host: u8) -> Option<Network> {
 }
 
 /// A number that is likely to be one of those in use, or at a limit.
-fn number(input: &mut Unstructured<'_>) -> Result<u32> {
+fn number(input: &mut Unstructured<'_>, table: u32) -> Result<u32> {
     let [kind, low]: [u8; 2] = input.arbitrary()?;
     Ok(match kind & 7 {
         0 => input.arbitrary()?,
         1 => u32::MAX - u32::from(low & 3),
-        2 => TABLE - u32::from(low & 7),
+        2 => table - u32::from(low & 7),
         3 => u32::from(low),
         _ => u32::from(low & 7),
     })
 }
 
-fn set(input: &mut Unstructured<'_>) -> Result<BackendSet> {
-    Ok(BackendSet { first: number(input)?, length: number(input)? })
+fn set(input: &mut Unstructured<'_>, table: u32) -> Result<BackendSet> {
+    Ok(BackendSet { first: number(input, table)?, length: number(input, table)? })
 }
 
 /// Changes elements, adds some, takes some away.
 fn spoil(input: &mut Unstructured<'_>, maps: &mut Maps) -> Result<()> {
+    let table = maps.table.len() as u32;
+    let number = |input: &mut Unstructured<'_>| number(input, table);
+    let set = |input: &mut Unstructured<'_>| set(input, table);
     while !input.is_empty() {
         maps.own.clear();
         let [what, host]: [u8; 2] = input.arbitrary()?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use etherparse::{IpNumber, LaxNetSlice, LaxSlicedPacket};
 use sheave_common::drop_reason::{self, DropReason};
 use sheave_common::{PROTOCOL_ICMP, PROTOCOL_ICMPV6, PROTOCOL_SCTP, PROTOCOL_TCP, PROTOCOL_UDP};
-use sheave_ebpf_host::kernel::{Fate, Hook, Input, Output, Redirect};
+use sheave_ebpf_host::kernel::{Fate, Hook, Input, Kernel, Output, Redirect};
 use sheave_ebpf_host::maps;
 use sheave_ebpf_host::parsing::Found;
 use sheave_ebpf_host::programs::Checksum;
@@ -271,6 +271,43 @@ pub(super) fn leave_checksum(sight: &mut Sight, of: &[(u8, usize)]) {
     sight.input.checksum = Checksum::Partial(place as u32);
 }
 
+/// The parser reads no ports that aren't there, and the same as another parser; rewriting is undone by rewriting.
+pub(super) fn parsing(kernel: &Kernel, sight: &Sight) {
+    let (hook, input) = (sight.hook, &sight.input);
+    let network = hook.network() as usize;
+    let Some(parsed) = kernel.parse(hook, input) else { return };
+    if let Found::Transport | Found::First = parsed.kind {
+        let least = if parsed.protocol == PROTOCOL_TCP { 20 } else { 8 };
+        assert!(parsed.transport as usize + least <= input.bytes.len(), "ports beyond the packet: {parsed:?}");
+        assert!(parsed.transport as usize + least <= network + parsed.length as usize, "ports beyond: {parsed:?}");
+        let fields = Fields::of(&input.bytes, network).expect("what the programs can read, others can");
+        // A GSO packet's length isn't in its header, and others stop at headers in an order that is not the RFC's.
+        if fields.sound && input.gso_size == 0 {
+            let (from, to) = (fields.from(&input.bytes), fields.to(&input.bytes));
+            assert_eq!((parsed.source, parsed.destination, parsed.protocol), (from, to, fields.protocol));
+            assert_eq!((parsed.transport as usize, parsed.ttl), (fields.transport, fields.ttl(&input.bytes)));
+            assert_eq!(parsed.kind == Found::Transport, fields.whole, "{parsed:?}");
+            assert!(fields.first, "a later fragment's ports");
+        }
+    }
+    let Some((complete, bytes)) = kernel.rewrite_there_and_back(hook, input, [1, 2, 3, sight.random as u8]) else {
+        return;
+    };
+    // A fragmented SCTP packet can't be rewritten: its checksum would need the whole.
+    if parsed.protocol == PROTOCOL_SCTP && parsed.kind == Found::First {
+        return;
+    }
+    assert!(complete, "a rewrite that the parser doesn't read: {parsed:?}");
+    assert_eq!(bytes.len(), input.bytes.len());
+    let fields = [network + 10, parsed.transport as usize + 16, parsed.transport as usize + 6];
+    for (at, (is, was)) in bytes.iter().zip(&input.bytes).enumerate() {
+        // Of a checksum that was wrong, or zero, the two forms of zero may be exchanged.
+        let zero =
+            fields.iter().any(|field| at / 2 * 2 == *field && is_zero(&bytes, *field) && is_zero(&input.bytes, *field));
+        assert!(is == was || zero, "byte {at} is {is:#x} and was {was:#x}: {parsed:?}");
+    }
+}
+
 /// What holds over a whole conversation.
 #[derive(Default)]
 pub(super) struct Laws {
@@ -288,45 +325,6 @@ fn counted() -> u64 {
 }
 
 impl Laws {
-    /// The parser reads no ports that aren't there, and the same as another parser; rewriting is undone by rewriting.
-    pub(super) fn parsing(&self, world: &World, sight: &Sight) {
-        let (hook, input) = (sight.hook, &sight.input);
-        let network = hook.network() as usize;
-        let Some(parsed) = world.kernel.parse(hook, input) else { return };
-        if let Found::Transport | Found::First = parsed.kind {
-            let least = if parsed.protocol == PROTOCOL_TCP { 20 } else { 8 };
-            assert!(parsed.transport as usize + least <= input.bytes.len(), "ports beyond the packet: {parsed:?}");
-            assert!(parsed.transport as usize + least <= network + parsed.length as usize, "ports beyond: {parsed:?}");
-            let fields = Fields::of(&input.bytes, network).expect("what the programs can read, others can");
-            // A GSO packet's length isn't in its header, and others stop at headers in an order that is not the RFC's.
-            if fields.sound && input.gso_size == 0 {
-                let (from, to) = (fields.from(&input.bytes), fields.to(&input.bytes));
-                assert_eq!((parsed.source, parsed.destination, parsed.protocol), (from, to, fields.protocol));
-                assert_eq!((parsed.transport as usize, parsed.ttl), (fields.transport, fields.ttl(&input.bytes)));
-                assert_eq!(parsed.kind == Found::Transport, fields.whole, "{parsed:?}");
-                assert!(fields.first, "a later fragment's ports");
-            }
-        }
-        let Some((complete, bytes)) = world.kernel.rewrite_there_and_back(hook, input, [1, 2, 3, sight.random as u8])
-        else {
-            return;
-        };
-        // A fragmented SCTP packet can't be rewritten: its checksum would need the whole.
-        if parsed.protocol == PROTOCOL_SCTP && parsed.kind == Found::First {
-            return;
-        }
-        assert!(complete, "a rewrite that the parser doesn't read: {parsed:?}");
-        assert_eq!(bytes.len(), input.bytes.len());
-        let fields = [network + 10, parsed.transport as usize + 16, parsed.transport as usize + 6];
-        for (at, (is, was)) in bytes.iter().zip(&input.bytes).enumerate() {
-            // Of a checksum that was wrong, or zero, the two forms of zero may be exchanged.
-            let zero = fields
-                .iter()
-                .any(|field| at / 2 * 2 == *field && is_zero(&bytes, *field) && is_zero(&input.bytes, *field));
-            assert!(is == was || zero, "byte {at} is {is:#x} and was {was:#x}: {parsed:?}");
-        }
-    }
-
     /// What a program made of a packet.
     pub(super) fn seen(&mut self, world: &World, sight: &Sight, output: &Output) {
         let (before, after) = (&sight.input.bytes, &output.bytes);

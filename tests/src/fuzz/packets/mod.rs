@@ -9,7 +9,8 @@ mod sender;
 mod world;
 
 use arbitrary::Unstructured;
-use sheave_ebpf_host::kernel::{Fate, Hook, Output};
+use sheave_common::features;
+use sheave_ebpf_host::kernel::{Fate, Hook, Kernel, Output};
 
 use laws::{Laws, Sight};
 use sender::Sender;
@@ -39,6 +40,17 @@ pub fn run(input: &[u8]) {
     }
 }
 
+/// Runs one input of the target `headers`: one packet, which is read and rewritten, but comes to no hook.
+///
+/// # Panics
+/// If a law of parsing or rewriting is broken.
+pub fn run_headers(input: &[u8]) {
+    let mut input = Unstructured::new(input);
+    let Ok(ipv6) = input.arbitrary() else { return };
+    let Ok(sight) = Sender::default().packet(&mut input, ipv6) else { return };
+    laws::parsing(&Kernel::boot(features::XDP_FRAGS), &sight);
+}
+
 /// Whether XDP has a look at what comes to an uplink before tc does.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Offload {
@@ -56,7 +68,7 @@ fn converse(plan: &world::Plan, sights: &[Sight], offload: Offload, sender: &mut
         let sight = sender.resolve(sight, &outputs);
         world.kernel.wait(sight.pause);
         world.kernel.set_random(sight.random);
-        laws.parsing(&world, &sight);
+        laws::parsing(&world.kernel, &sight);
         let first = if offload == Offload::XdpFirst && sight.hook == Hook::UplinkIngress {
             let output = world.kernel.run(Hook::Xdp, &sight.as_frame());
             if output.fate == Fate::Pass {
