@@ -32,32 +32,32 @@ fn by_chance(run: fn(&[u8])) {
     }
 }
 
+fn holds(target: &str, run: fn(&[u8])) {
+    replay(target, run);
+    by_chance(run);
+}
+
 #[test]
 fn packets_in_the_programs_on_the_host() {
-    replay("packets", fuzz::packets::run);
-    by_chance(fuzz::packets::run);
+    holds("packets", fuzz::packets::run);
 }
 
 #[test]
 fn headers_in_the_parser_on_the_host() {
-    replay("headers", fuzz::packets::run_headers);
-    by_chance(fuzz::packets::run_headers);
+    holds("headers", fuzz::packets::run_headers);
 }
 
 #[test]
 fn objects_from_an_api_server() {
-    replay("objects", fuzz::objects::run);
-    by_chance(fuzz::objects::run);
+    holds("objects", fuzz::objects::run);
 }
 
 #[test]
 fn manifests_in_a_folder() {
-    replay("manifests", fuzz::manifests::run);
-    by_chance(fuzz::manifests::run);
+    holds("manifests", fuzz::manifests::run);
 }
 
 #[test]
 fn maps_that_are_read_back() {
-    replay("readback", fuzz::readback::run);
-    by_chance(fuzz::readback::run);
+    holds("readback", fuzz::readback::run);
 }

@@ -13,7 +13,7 @@ use sheave::model::objects::{EndpointSlice, Problem, Service};
 use sheave::plan::PlanError;
 use sheave_tests::fuzz::objects;
 
-/// As many backend ids as these need.
+/// As much as these need.
 const ROOM: objects::Room = objects::Room { table: 65_536, services: 2_048 };
 
 type Ports = BTreeMap<ServicePortName, ServicePort>;

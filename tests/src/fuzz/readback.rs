@@ -24,7 +24,6 @@ const SERVICES: u32 = 128;
 pub fn run(input: &[u8]) {
     let mut input = Unstructured::new(input);
     let Ok((desired, before)) = read(&mut input) else { return };
-    let is_maglev = |port: &ServicePort| port.algorithm == Algorithm::Maglev;
     let room = Room::new(SERVICES, desired.values().chain(before.values()).any(is_maglev));
     let mut maps = Maps::fresh(room, &before);
     // What a controller wrote, and then something went wrong.
@@ -60,8 +59,7 @@ fn desired(input: &mut Unstructured<'_>) -> Result<Desired> {
             ..ServicePort::default()
         };
         // Maglev's runs are long: one at a time, and another that takes its place, have room.
-        let is_long = |port: &ServicePort| port.algorithm == Algorithm::Maglev;
-        if is_long(&port) && (policy & 0x30 != 0 || all.values().any(is_long)) {
+        if is_maglev(&port) && (policy & 0x30 != 0 || all.values().any(is_maglev)) {
             port.algorithm = Algorithm::Random;
         }
         let ipv6 = kind & 1 != 0;
@@ -89,6 +87,10 @@ fn desired(input: &mut Unstructured<'_>) -> Result<Desired> {
         }
     }
     Ok(all)
+}
+
+fn is_maglev(port: &ServicePort) -> bool {
+    port.algorithm == Algorithm::Maglev
 }
 
 fn name(which: u8) -> ServicePortName {

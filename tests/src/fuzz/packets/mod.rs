@@ -9,7 +9,6 @@ mod sender;
 mod world;
 
 use arbitrary::Unstructured;
-use sheave_common::features;
 use sheave_ebpf_host::kernel::{Fate, Hook, Kernel, Output};
 
 use laws::{Laws, Sight};
@@ -48,7 +47,7 @@ pub fn run_headers(input: &[u8]) {
     let mut input = Unstructured::new(input);
     let Ok(ipv6) = input.arbitrary() else { return };
     let Ok(sight) = Sender::default().packet(&mut input, ipv6) else { return };
-    laws::parsing(&Kernel::boot(features::XDP_FRAGS), &sight);
+    laws::parsing(&Kernel::boot(0), &sight);
 }
 
 /// Whether XDP has a look at what comes to an uplink before tc does.
