@@ -25,6 +25,9 @@ pub(crate) struct Options {
     /// Inputs for each target
     #[arg(long, default_value_t = 10_000_000)]
     runs: u64,
+    /// Octets of an input, at most: short ones are many more a second
+    #[arg(long, default_value_t = 600)]
+    max_len: u32,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -41,7 +44,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         None => known,
     };
     for target in chosen {
-        fuzz(&target, options.runs)?;
+        fuzz(&target, options)?;
     }
     Ok(())
 }
@@ -58,20 +61,24 @@ fn targets() -> Result<Vec<String>> {
 
 /// Looks on from the committed corpus, which stays as it is; what breaks the target is written beside it, to be replayed by
 /// `cargo test --test fuzz` from then on.
-fn fuzz(target: &str, runs: u64) -> Result<()> {
+fn fuzz(target: &str, options: &Options) -> Result<()> {
     let work = process::target_directory()?.join("fuzz");
     let (grown, finds) = (work.join("corpus").join(target), Path::new(DIRECTORY).join("finds").join(target));
     fs::create_dir_all(&grown)?;
     fs::create_dir_all(&finds)?;
     let committed = Path::new(DIRECTORY).join("corpus").join(target);
     let mut cargo = process::cargo(&["fuzz", "run", "--fuzz-dir", DIRECTORY, "--target-dir"]);
-    cargo.arg(&work).arg(target).arg(grown).arg(committed).args(["--", "-max_len=600", "-print_final_stats=1"]);
-    cargo.arg(format!("-runs={runs}")).arg(format!("-artifact_prefix={}/", fs::canonicalize(finds)?.display()));
-    // These take a third of the time and find nothing: where memory was allocated is asked again of the one input that breaks
-    // something, and what one input has freed need not be kept for the next, so a small quarantine stays in the processor's cache.
-    let mut options =
-        "malloc_context_size=0:quarantine_size_mb=1:thread_local_quarantine_size_kb=64:max_malloc_fill_size=0"
-            .to_owned();
+    // All that is left out took most of the time, and finds little: calls at each comparison of numbers, which inputs choose from tables.
+    cargo.arg(&work).args([target, "--no-trace-compares"]).arg(grown).arg(committed).arg("--");
+    cargo.arg(format!("-max_len={}", options.max_len)).arg(format!("-runs={}", options.runs));
+    cargo.arg(format!("-artifact_prefix={}/", fs::canonicalize(finds)?.display()));
+    // Weighing inputs by how rare their features are, comparing features for shorter inputs, and names of new functions.
+    cargo.args(["-entropic=0", "-reduce_inputs=0", "-print_funcs=0", "-print_final_stats=1"]);
+    // Where memory was allocated, which is asked again of the one input that breaks something; a quarantine larger than the processor's
+    // cache, for what one input has freed need not be kept for the next; what each memcmp compares.
+    let mut options = "malloc_context_size=0:quarantine_size_mb=1:thread_local_quarantine_size_kb=64:\
+                       max_malloc_fill_size=0:intercept_memcmp=0"
+        .to_owned();
     if !KERNEL_PROGRAMS.contains(&target) {
         // Safe code returns no reference to its stack.
         options.push_str(":detect_stack_use_after_return=0");

@@ -26,6 +26,18 @@ impl Room {
     }
 }
 
+/// What a frontend comes to.
+#[derive(Debug, PartialEq)]
+pub(super) struct Meaning {
+    name: Option<ServicePortName>,
+    /// Without ids.
+    frontend: Frontend,
+    cluster: Vec<Backend>,
+    local: Vec<Backend>,
+    /// Those that may use it, where not all may.
+    clients: Option<Vec<Network>>,
+}
+
 /// How often a plan is made again for what could not be done at once: after a grace period, after a sweep.
 const ROUNDS: usize = 4;
 
@@ -160,26 +172,34 @@ impl Maps {
     }
 
     /// What clients see: each frontend with its backends' values, without ids.
-    pub(super) fn meaning(&self) -> BTreeMap<FrontendAddress, String> {
-        let set = |frontend: &Frontend, set: BackendSet| -> Vec<String> {
+    pub(super) fn meaning(&self) -> BTreeMap<FrontendAddress, Meaning> {
+        let set = |frontend: &Frontend, set: BackendSet| -> Vec<Backend> {
             let ids = (set.first..set.first + set.length).map(|index| self.table[index as usize]);
             let backend = |id| {
                 assert!(id != 0, "a set names no backend");
                 let backend = self.backends.get(&id).expect("a set names backends that are there");
                 assert_eq!(backend.service_id, frontend.service_id, "a set leads to another service");
-                format!("{:?}", Backend { service_id: 0, ..*backend })
+                Backend { service_id: 0, ..*backend }
             };
             ids.map(backend).collect()
         };
         let describe = |frontend: &Frontend| {
-            let clients: Option<Vec<&Network>> = (frontend.flags & flags::SOURCE_RANGES != 0).then(|| {
+            let clients = (frontend.flags & flags::SOURCE_RANGES != 0).then(|| {
                 let own = self.source_ranges.iter().filter(|(id, _)| *id == frontend.service_id);
-                own.map(|(_, network)| network).collect()
+                own.map(|(_, network)| *network).collect()
             });
-            let name = self.names.get(&frontend.service_id);
-            let (cluster, local) = (set(frontend, frontend.cluster), set(frontend, frontend.local));
-            let (affinity, algorithm) = (frontend.affinity_seconds, frontend.algorithm);
-            format!("{name:?} {} {affinity} {algorithm} {clients:?} {cluster:?} {local:?}", frontend.flags)
+            Meaning {
+                name: self.names.get(&frontend.service_id).cloned().flatten(),
+                frontend: Frontend {
+                    service_id: 0,
+                    cluster: BackendSet::default(),
+                    local: BackendSet::default(),
+                    ..*frontend
+                },
+                cluster: set(frontend, frontend.cluster),
+                local: set(frontend, frontend.local),
+                clients,
+            }
         };
         self.frontends.iter().map(|(key, frontend)| (*key, describe(frontend))).collect()
     }
