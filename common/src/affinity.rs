@@ -1,4 +1,5 @@
-//! `affinity4` and `affinity6`: which backend a client of a service port last used.
+//! `affinity4` and `affinity6`: which backend a client of a service port last used; `new_affinity4` and `new_affinity6`: the same while
+//! none of the client's connections is established, so that clients that are none can't push out others.
 //!
 //! A client is an address at an edge: a pod that sends with another pod's address changes nothing for that one.
 

@@ -15,6 +15,8 @@ pub const MAPS: &[&str] = &[
     HALF_OPEN6,
     AFFINITY4,
     AFFINITY6,
+    NEW_AFFINITY4,
+    NEW_AFFINITY6,
     INTERFACES,
     SOCK_FORWARD4,
     SOCK_FORWARD6,
@@ -59,6 +61,8 @@ names! {
     HALF_OPEN6 = "half_open6": "The same for IPv6.";
     AFFINITY4 = "affinity4": "[`crate::affinity::AffinityKey`] → [`crate::affinity::Affinity`], IPv4.";
     AFFINITY6 = "affinity6": "The same for IPv6.";
+    NEW_AFFINITY4 = "new_affinity4": "The same of clients none of whose connections is established yet, IPv4.";
+    NEW_AFFINITY6 = "new_affinity6": "The same for IPv6.";
     INTERFACES = "interfaces": "Interface index → [`crate::interface::Interface`].";
     SOCK_FORWARD4 = "sock_forward4": "Socket and frontend → backend, IPv4.";
     SOCK_FORWARD6 = "sock_forward6": "The same for IPv6.";

@@ -3,14 +3,14 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::helpers::bpf_get_prandom_u32;
-use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::backend::{self, Backend, TableElement};
 use sheave_common::flow::EDGE_UPLINK;
 use sheave_common::frontend::{BackendSet, Frontend, FrontendKey, algorithm, client_hash, flags};
 use sheave_common::{DropReason, Ipv4Address, Ipv6Address};
 
+use crate::affinity::{self, Last, Whose};
 use crate::conntrack::Found;
-use crate::maps::{self, ANY, BACKEND_TABLE, Family, NOEXIST};
+use crate::maps::{BACKEND_TABLE, Family};
 use crate::packet::network::Network;
 use crate::scratch::scratch;
 use crate::{features, load, observe, versioned};
@@ -20,30 +20,6 @@ const ATTEMPTS: u32 = 3;
 /// How many elements of a run are looked at for another backend than one that does not answer. More in a row are one backend's only
 /// where it outweighs all others together by more than this.
 const OTHERS: u32 = 32;
-
-/// What is remembered of a client, in one word: BPF functions take five arguments.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Last(u64);
-
-impl Last {
-    /// Nothing: no backend has the id 0.
-    const NONE: Self = Self(0);
-
-    #[inline(always)]
-    fn new(affinity: Affinity) -> Self {
-        Self(u64::from(affinity.backend_id) << 32 | u64::from(affinity.last_new_connection))
-    }
-
-    #[inline(always)]
-    fn backend_id(self) -> u32 {
-        (self.0 >> 32) as u32
-    }
-
-    #[inline(always)]
-    fn new_connection(self) -> u32 {
-        self.0 as u32
-    }
-}
 
 /// Where a new connection comes from.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -106,30 +82,15 @@ impl From {
         self.0 & Self::ALIVE != 0
     }
 
+    /// Whether it comes from a pod of this node, or a process on this host.
     #[inline(always)]
-    fn is_inside(self) -> bool {
+    pub fn is_inside(self) -> bool {
         self.0 & Self::OUTSIDE == 0
     }
 
     #[inline(always)]
     fn port_be(self) -> u16 {
         self.0 as u16
-    }
-}
-
-/// Whose affinity it is: a service port's for an edge, in one word as well.
-#[derive(Clone, Copy)]
-struct Whose(u64);
-
-impl Whose {
-    #[inline(always)]
-    fn new(service_id: u32, edge: u32) -> Self {
-        Self(u64::from(service_id) << 32 | u64::from(edge))
-    }
-
-    #[inline(always)]
-    fn key<A: Family>(self, client: &A) -> AffinityKey<A> {
-        AffinityKey { service_id: (self.0 >> 32) as u32, edge: self.0 as u32, client: *client }
     }
 }
 
@@ -243,14 +204,17 @@ fn attempt<A: Family>(
     }
     let mut needed = if local { backend::flags::IN_LOCAL_SET } else { backend::flags::IN_CLUSTER_SET };
     let whose = Whose::new(frontend.service_id, edge);
-    let last = if frontend.affinity_seconds == 0 { Last::NONE } else { remembered::<A>(whose, client) };
+    let last = if frontend.affinity_seconds == 0 { Last::NONE } else { affinity::remembered::<A>(whose, client) };
+    let table = affinity::table(edge, from);
     let mut id = last.backend_id();
     let stays = last != Last::NONE
         && features::elapsed(last.new_connection(), now) < frontend.affinity_seconds
         && (id != from.unanswered() || from.is_alive())
         && fits::<A>(id, frontend.service_id, needed);
     if stays {
-        remember(whose, client, id, now);
+        if last.new_connection() != now {
+            affinity::remember(whose, client, Last::to(id, now), table);
+        }
     } else {
         let number = number(&frontend, key, client, from, last);
         let least = frontend.algorithm == algorithm::LEAST_CONNECTIONS && last == Last::NONE;
@@ -258,7 +222,11 @@ fn attempt<A: Family>(
         if from.is_again() && picked == from.unanswered() {
             picked = other(set.first, set.length, number, picked);
         }
-        id = if frontend.affinity_seconds == 0 { picked } else { bind(whose, client, last, picked, now) };
+        id = if frontend.affinity_seconds == 0 {
+            picked
+        } else {
+            affinity::bind(whose, client, last, Last::to(picked, now), table)
+        };
         if id == picked {
             // The set says that it is in it.
             needed = 0;
@@ -373,44 +341,4 @@ fn candidate<A: Family>(
     // SAFETY: as above.
     unsafe { (&raw mut (*choice).id).write(id) };
     Ok(true)
-}
-
-/// The client's last new connection, however long ago. A function of its own in the kernel too, for its stack.
-#[inline(never)]
-fn remembered<A: Family>(whose: Whose, client: &A) -> Last {
-    read::<A>(&whose.key(client))
-}
-
-#[inline(always)]
-fn read<A: Family>(key: &AffinityKey<A>) -> Last {
-    let Some(affinity) = A::affinity(key) else { return Last::NONE };
-    // SAFETY: a map value stays readable while the program runs; what is read is checked by `candidate`.
-    Last::new(unsafe { maps::copy(affinity) })
-}
-
-/// Binds a client to a backend in place of what was `remembered` of it; returns the id of the one that it is bound to:
-/// another CPU may have been faster with another of its connections. A function of its own in the kernel too, for its stack.
-#[inline(never)]
-fn bind<A: Family>(whose: Whose, client: &A, last: Last, backend_id: u32, now: u32) -> u32 {
-    let key = whose.key(client);
-    let new = Affinity { backend_id, last_new_connection: now };
-    if last == Last::NONE && A::insert_affinity(&key, &new, NOEXIST).is_ok() {
-        return backend_id;
-    }
-    // Not by `remembered`: kernels before 6.6 count 32 bytes for a call from here, and none are left.
-    let current = read::<A>(&key);
-    if current != Last::NONE && current != last {
-        return current.backend_id();
-    }
-    // An LRU map makes room; if it can't, the client's next connection is a fresh choice.
-    let _ = A::insert_affinity(&key, &new, ANY);
-    backend_id
-}
-
-/// Remembers a client's backend. A function of its own in the kernel too, for its stack.
-#[inline(never)]
-fn remember<A: Family>(whose: Whose, client: &A, backend_id: u32, now: u32) {
-    let key = whose.key(client);
-    // As in `bind`.
-    let _ = A::insert_affinity(&key, &Affinity { backend_id, last_new_connection: now }, ANY);
 }

@@ -82,6 +82,8 @@ pub enum Found {
     Flow = 1,
     /// Its flow, which another may replace: the packet is a SYN that was sent before, and has not been answered ([`failover`]).
     Unanswered = 2,
+    /// Its flow, which has become established with this packet.
+    Completed = 3,
 }
 
 /// Finds the flow of a packet and keeps its state up to date. A miss includes flows that no longer count:
@@ -150,8 +152,14 @@ fn find_changing<A: Family>(
         // SAFETY: as above.
         unsafe { failover::try_again(element) };
     }
-    keep(element, flow, packet, now, table);
-    if unanswered { Found::Unanswered } else { Found::Flow }
+    let completed = keep(element, flow, packet, now, table);
+    if unanswered {
+        Found::Unanswered
+    } else if completed {
+        Found::Completed
+    } else {
+        Found::Flow
+    }
 }
 
 /// Whether a flow still counts for this packet.
@@ -170,9 +178,10 @@ fn counts<A: Family>(flow: &Flow<A>, packet: &Packet<A>, now: u32, config: &Conf
     flow.closing == 0 && versioned::is_serving::<A>(flow.backend_id) && versioned::serves(&frontend, flow.service_id)
 }
 
-/// Writes what a packet changes in its flow. Most packets change nothing: `last_seen` moves once a second.
+/// Writes what a packet changes in its flow. Most packets change nothing: `last_seen` moves once a second. True if the flow has become
+/// established.
 #[inline(always)]
-fn keep<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, packet: &Packet<A>, now: u32, table: Table) {
+fn keep<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, packet: &Packet<A>, now: u32, table: Table) -> bool {
     let reply = flow.flags & flags::REPLY != 0;
     let mut state = flow.state;
     let mut closing = flow.closing;
@@ -206,18 +215,20 @@ fn keep<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, packet: &Packet<A>
         flow.state = state;
         flow.closing = closing;
         flow.last_seen = now;
-        change(element, flow, &packet.key, table);
+        return change(element, flow, &packet.key, table);
     }
+    false
 }
 
-/// Writes a change to both halves, recreates a half that was evicted, and moves a flow that has become established to that map.
+/// Writes a change to both halves, recreates a half that was evicted, and moves a flow that has become established to that map: then
+/// it is true.
 ///
 /// The two directions of a connection are often two CPUs' work, so either half may know what the other does not yet:
 /// `state` only rises and bits of `closing` are only set, and here both halves come to know what one of them does.
 #[inline(never)]
-fn change<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, key: &FlowKey<A>, table: Table) {
+fn change<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, key: &FlowKey<A>, table: Table) -> bool {
     filter::admit(key, flow, flow.last_seen);
-    let Some(sibling_key) = sibling_key(flow, key) else { return };
+    let Some(sibling_key) = sibling_key(flow, key) else { return false };
     let mirror = A::flow(table, sibling_key);
     // Only a true mirror is touched: after a port was reused the other half may belong to another flow.
     // SAFETY: a map value stays readable memory while the program runs.
@@ -233,7 +244,7 @@ fn change<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, key: &FlowKey<A>
         event::flow(key, &*flow, kind::END);
     }
     load::close(flow);
-    let Some(sibling) = sibling(flow, key) else { return };
+    let Some(sibling) = sibling(flow, key) else { return false };
     if table == Table::HalfOpen && flow.state == state::ESTABLISHED {
         // The established map first: a packet that comes between the two steps finds one or the other.
         if A::insert_flow(Table::Established, key, flow, ANY).is_ok()
@@ -241,7 +252,7 @@ fn change<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, key: &FlowKey<A>
         {
             A::remove_flow(Table::HalfOpen, key);
             A::remove_flow(Table::HalfOpen, sibling_key);
-            return;
+            return true;
         }
     }
     // SAFETY: a map value stays writable memory while the program runs.
@@ -257,6 +268,7 @@ fn change<A: Family>(element: *mut Flow<A>, flow: &mut Flow<A>, key: &FlowKey<A>
             let _ = A::insert_flow(table, sibling_key, sibling, NOEXIST);
         }
     }
+    false
 }
 
 /// [`Flow::sibling_key`] in this CPU's scratch.

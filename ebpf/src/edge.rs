@@ -15,7 +15,7 @@ use crate::packet::network::Network;
 use crate::packet::transport::flags as tcp;
 use crate::packet::{Kind, Packet, Part};
 use crate::verdict::{FLOW, Verdict};
-use crate::{bypass, conntrack, create, features, filter, forward, fragment, icmp, observe, own, reject};
+use crate::{affinity, bypass, conntrack, create, features, filter, forward, fragment, icmp, observe, own, reject};
 
 /// Which way packets of a hook travel.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -89,7 +89,10 @@ fn enter<C: Context, A: Network>(
         Found::Miss => conntrack::find(packet, Direction::Ingress, now, flow),
         found => found,
     };
-    if found != Found::Flow {
+    if found == Found::Completed {
+        // SAFETY: both fill it whenever they say so.
+        affinity::establish(unsafe { flow.assume_init_ref() }, &packet.key);
+    } else if found != Found::Flow {
         let verdict = miss(ctx, packet, From::new(origin, found), now, flow);
         if verdict != FLOW {
             return Verdict::from_bits(verdict);
@@ -132,11 +135,16 @@ fn leave<C: Context, A: Network>(
         Kind::IcmpError => return icmp::error(ctx, packet, Direction::Egress, flow).unwrap_or(Verdict::Pass),
         _ => return Verdict::Pass,
     }
-    if conntrack::find(packet, Direction::Egress, now, flow) == Found::Miss {
+    let found = conntrack::find(packet, Direction::Egress, now, flow);
+    if found == Found::Miss {
         return Verdict::Pass;
     }
     // SAFETY: `find` fills it whenever it says so.
-    apply(ctx, packet, unsafe { flow.assume_init_ref() }, Direction::Egress, now)
+    let flow = unsafe { flow.assume_init_ref() };
+    if found == Found::Completed {
+        affinity::establish(flow, &packet.key);
+    }
+    apply(ctx, packet, flow, Direction::Egress, now)
 }
 
 /// Translates a packet of a known flow and sends it on its way.

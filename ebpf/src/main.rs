@@ -6,6 +6,7 @@
 #![expect(unreachable_pub, reason = "a program has no API; `pub` marks what its modules share")]
 #![expect(missing_docs, reason = "the entry points are made by macros, which drop their documentation")]
 
+mod affinity;
 mod atomic;
 mod balance;
 mod bypass;

@@ -59,6 +59,8 @@ maps! {
     HALF_OPEN6 = "half_open6": LruHashMap<FlowKey<Ipv6Address>, Flow<Ipv6Address>, HALF_OPEN>;
     AFFINITY4 = "affinity4": LruHashMap<AffinityKey<Ipv4Address>, Affinity, AFFINITY>;
     AFFINITY6 = "affinity6": LruHashMap<AffinityKey<Ipv6Address>, Affinity, AFFINITY>;
+    NEW_AFFINITY4 = "new_affinity4": LruHashMap<AffinityKey<Ipv4Address>, Affinity, AFFINITY>;
+    NEW_AFFINITY6 = "new_affinity6": LruHashMap<AffinityKey<Ipv6Address>, Affinity, AFFINITY>;
     INTERFACES_MAP = "interfaces": HashMap<u32, Interface, INTERFACES, NO_PREALLOC>;
     SOCK_FORWARD4 = "sock_forward4": LruHashMap<SocketKey<Ipv4Address>, SocketPeer<Ipv4Address>, SOCKETS>;
     SOCK_FORWARD6 = "sock_forward6": LruHashMap<SocketKey<Ipv6Address>, SocketPeer<Ipv6Address>, SOCKETS>;
@@ -84,12 +86,12 @@ maps! {
     LISTENER = "listener": Array<u64, { event::LISTENER }>;
 }
 
-/// Which of the two flow maps.
+/// Which of the two maps of flows, or of clients.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Table {
-    /// `conntrack4/6`
+    /// `conntrack4/6`, `affinity4/6`
     Established,
-    /// `half_open4/6`
+    /// `half_open4/6`, `new_affinity4/6`
     HalfOpen,
 }
 
@@ -106,9 +108,11 @@ pub trait Family: Address {
     /// Removes a flow, if it is there.
     fn remove_flow(table: Table, key: &FlowKey<Self>);
     /// A client's affinity.
-    fn affinity(key: &AffinityKey<Self>) -> Option<*const Affinity>;
-    /// Remembers a client's backend; `flags` are the kernel's BPF_ANY or BPF_NOEXIST.
-    fn insert_affinity(key: &AffinityKey<Self>, affinity: &Affinity, flags: u64) -> Result<(), i32>;
+    fn affinity(table: Table, key: &AffinityKey<Self>) -> Option<*const Affinity>;
+    /// Remembers a client's backend; `flags` are the kernel's BPF_ANY, BPF_NOEXIST or BPF_EXIST.
+    fn insert_affinity(table: Table, key: &AffinityKey<Self>, affinity: &Affinity, flags: u64) -> Result<(), i32>;
+    /// Forgets it, if it is there.
+    fn remove_affinity(table: Table, key: &AffinityKey<Self>);
     /// What an unconnected socket chose for a frontend.
     fn socket_backend(key: &SocketKey<Self>) -> Option<*const SocketPeer<Self>>;
     /// Remembers that.
@@ -141,10 +145,12 @@ pub trait Family: Address {
 pub const ANY: u64 = 0;
 /// BPF_NOEXIST: insert only if absent.
 pub const NOEXIST: u64 = 1;
+/// BPF_EXIST: replace only.
+pub const EXIST: u64 = 2;
 
 macro_rules! family {
     ($address:ty, $frontends:ident, $backends:ident, $conntrack:ident, $half_open:ident, $affinity:ident,
-     $sock_forward:ident, $sock_reverse:ident, $source_ranges:ident, $service_cidrs:ident, $fragments:ident,
+     $new_affinity:ident, $sock_forward:ident, $sock_reverse:ident, $source_ranges:ident, $service_cidrs:ident, $fragments:ident,
      $scratch:ident, $routes:ident, $hairpin:ident, $node:ident, $source:ident) => {
         impl Family for $address {
             #[inline(always)]
@@ -183,13 +189,32 @@ macro_rules! family {
             }
 
             #[inline(always)]
-            fn affinity(key: &AffinityKey<Self>) -> Option<*const Affinity> {
-                $affinity.get_ptr(key)
+            fn affinity(table: Table, key: &AffinityKey<Self>) -> Option<*const Affinity> {
+                match table {
+                    Table::Established => $affinity.get_ptr(key),
+                    Table::HalfOpen => $new_affinity.get_ptr(key),
+                }
             }
 
             #[inline(always)]
-            fn insert_affinity(key: &AffinityKey<Self>, affinity: &Affinity, flags: u64) -> Result<(), i32> {
-                $affinity.insert(key, affinity, flags)
+            fn insert_affinity(
+                table: Table,
+                key: &AffinityKey<Self>,
+                affinity: &Affinity,
+                flags: u64,
+            ) -> Result<(), i32> {
+                match table {
+                    Table::Established => $affinity.insert(key, affinity, flags),
+                    Table::HalfOpen => $new_affinity.insert(key, affinity, flags),
+                }
+            }
+
+            #[inline(always)]
+            fn remove_affinity(table: Table, key: &AffinityKey<Self>) {
+                let _ = match table {
+                    Table::Established => $affinity.remove(key),
+                    Table::HalfOpen => $new_affinity.remove(key),
+                };
             }
 
             #[inline(always)]
@@ -270,6 +295,7 @@ family!(
     CONNTRACK4,
     HALF_OPEN4,
     AFFINITY4,
+    NEW_AFFINITY4,
     SOCK_FORWARD4,
     SOCK_REVERSE4,
     SOURCE_RANGES4,
@@ -288,6 +314,7 @@ family!(
     CONNTRACK6,
     HALF_OPEN6,
     AFFINITY6,
+    NEW_AFFINITY6,
     SOCK_FORWARD6,
     SOCK_REVERSE6,
     SOURCE_RANGES6,

@@ -70,6 +70,8 @@ impl Programs {
             (names::SERVICE_COUNTERS, 1_024),
             (names::AFFINITY4, 4_096),
             (names::AFFINITY6, 4_096),
+            (names::NEW_AFFINITY4, 4_096),
+            (names::NEW_AFFINITY6, 4_096),
         ] {
             loader.map_max_entries(map, size);
         }

@@ -230,6 +230,61 @@ fn a_million_datagrams_cost_nobody_a_connection() -> Result<()> {
     datagrams(1_000_000)
 }
 
+/// A Service with affinity.
+const STICKY: (Ipv4Addr, Ipv6Addr) =
+    (Ipv4Addr::new(10, 96, 0, 12), Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x12));
+
+/// One sender could end everybody's sessions: whoever comes back would be sent to another backend.
+#[test]
+fn a_flood_makes_no_client_with_affinity_forgotten() -> Result<()> {
+    const PACKETS: u32 = 20_000;
+    const REMEMBERED: usize = 1_024;
+    for bypass in ["false", "force"] {
+        let shape = Shape { pods: PodNetwork::Routed, pod_counts: [6, 4], ..Shape::default() };
+        let arguments = ["--max-affinity", &REMEMBERED.to_string(), &format!("--bypass-netfilter={bypass}")];
+        let scenario = Scenario::start(shape, &arguments)?;
+        let backends = (3..=6).map(|pod| scenario.pod(1, pod)).chain((1..=4).map(|pod| scenario.pod(2, pod)));
+        scenario.publish(&service("sticky", STICKY, 0).affinity(600), backends)?;
+        let maps = PinnedMaps::open(scenario.agent.pins())?;
+        for family in Family::BOTH {
+            let node = scenario.node().address_of(family);
+            let [outside, inside, other] =
+                [&scenario.cluster.client, &scenario.pod(1, 1).namespace, &scenario.pod(1, 2).namespace];
+            let cluster_ip = family.pick(STICKY.0, STICKY.1);
+            for (client, flooder, target) in [
+                (outside, outside, PORTS.map(|(_, port)| scenario.at(node, port))),
+                (inside, other, PORTS.map(|(port, _)| scenario.at(cluster_ip, port))),
+            ] {
+                let [who, _, udp] = target;
+                let ask = || -> Result<[String; 2]> {
+                    client.run(|| {
+                        let socket = client::udp_to(udp)?;
+                        client::ask_udp_with(&socket, "first")?;
+                        Ok([client::who(who)?.backend, client::ask_udp_with(&socket, "second")?.backend])
+                    })
+                };
+                let before = ask()?;
+                let syn = Packet::tcp(&nobody(who), &who.to_string(), SYN).build();
+                let datagram = Packet::udp(&nobody(udp), &udp.to_string()).build();
+                for frame in [syn, datagram] {
+                    flooder.run(|| flood::send(&frame, PACKETS))?;
+                }
+                let newcomers = match family {
+                    Family::V4 => maps.new_affinity4()?.len(),
+                    Family::V6 => maps.new_affinity6()?.len(),
+                };
+                ensure!(newcomers > REMEMBERED / 4, "{newcomers} newcomers: the flood has not filled their map");
+                for _ in 0..4 {
+                    // When the servers have read what they have of the flood.
+                    let now = eventually(Duration::from_secs(10), ask)?;
+                    ensure!(now == before, "{who}, bypass {bypass}: {before:?} became {now:?}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 /// What can't open a connection must leave no trace, nor be answered with more than came, or without a limit.
 #[test]
 fn floods_of_anything_else_make_no_flows_and_are_answered_with_measure() -> Result<()> {

@@ -257,7 +257,8 @@ sizes! {
     max_conntrack, "SHEAVE_MAX_CONNTRACK" => conntrack: "Flow entries, two a flow, per family [default: 524288].";
     max_half_open, "SHEAVE_MAX_HALF_OPEN" => half_open:
         "Entries of flows that are not established yet, two a flow, per family [default: 131072].";
-    max_affinity, "SHEAVE_MAX_AFFINITY" => affinity: "Clients with session affinity, per family [default: 65536].";
+    max_affinity, "SHEAVE_MAX_AFFINITY" => affinity:
+        "Clients with session affinity, per family, and as many that have no established connection yet [default: 65536].";
     max_sockets, "SHEAVE_MAX_SOCKETS" => sockets: "Sockets balanced at connect time, per family [default: 65536].";
     max_source_ranges, "SHEAVE_MAX_SOURCE_RANGES" => source_ranges:
         "Entries of loadBalancerSourceRanges, per family [default: 65536].";

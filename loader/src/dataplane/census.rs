@@ -96,6 +96,8 @@ impl Census {
         self.count_flows(&maps.v6, config, [names::CONNTRACK6, names::HALF_OPEN6])?;
         self.traffic.push(fullness(names::AFFINITY4, &maps.v4.affinity)?);
         self.traffic.push(fullness(names::AFFINITY6, &maps.v6.affinity)?);
+        self.traffic.push(fullness(names::NEW_AFFINITY4, &maps.v4.new_affinity)?);
+        self.traffic.push(fullness(names::NEW_AFFINITY6, &maps.v6.new_affinity)?);
         for (map4, map6) in [(names::SOCK_FORWARD4, names::SOCK_FORWARD6), (names::SOCK_REVERSE4, names::SOCK_REVERSE6)]
         {
             self.traffic.push(fullness(map4, &sockets::<Ipv4Address>(directory, map4)?)?);

@@ -176,6 +176,8 @@ pub(super) fn definitions(sizes: &MapSizes) -> Vec<Definition> {
         define::<FlowKey<V6>, Flow<V6>>(names::HALF_OPEN6, lru, half_open),
         define::<AffinityKey<V4>, Affinity>(names::AFFINITY4, lru, affinity),
         define::<AffinityKey<V6>, Affinity>(names::AFFINITY6, lru, affinity),
+        define::<AffinityKey<V4>, Affinity>(names::NEW_AFFINITY4, lru, affinity),
+        define::<AffinityKey<V6>, Affinity>(names::NEW_AFFINITY6, lru, affinity),
         define::<u32, Interface>(names::INTERFACES, hash, Size::Fixed(INTERFACES)),
         define::<SocketKey<V4>, SocketPeer<V4>>(names::SOCK_FORWARD4, lru, sockets),
         define::<SocketKey<V6>, SocketPeer<V6>>(names::SOCK_FORWARD6, lru, sockets),

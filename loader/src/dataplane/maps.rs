@@ -24,6 +24,7 @@ pub(super) struct FamilyMaps<A: Address> {
     pub(super) conntrack: Map<FlowKey<A>, Flow<A>>,
     pub(super) half_open: Map<FlowKey<A>, Flow<A>>,
     pub(super) affinity: Map<AffinityKey<A>, Affinity>,
+    pub(super) new_affinity: Map<AffinityKey<A>, Affinity>,
     pub(super) source_ranges: Map<Prefix<SourceRange<A>>, u32>,
     pub(super) service_cidrs: Map<Prefix<A>, u32>,
 }
@@ -65,6 +66,7 @@ impl Maps {
                 conntrack: Map::open(directory, names::CONNTRACK4, read_only)?,
                 half_open: Map::open(directory, names::HALF_OPEN4, read_only)?,
                 affinity: Map::open(directory, names::AFFINITY4, read_only)?,
+                new_affinity: Map::open(directory, names::NEW_AFFINITY4, read_only)?,
                 source_ranges: Map::open(directory, names::SOURCE_RANGES4, read_only)?,
                 service_cidrs: Map::open(directory, names::SERVICE_CIDRS4, read_only)?,
             },
@@ -74,6 +76,7 @@ impl Maps {
                 conntrack: Map::open(directory, names::CONNTRACK6, read_only)?,
                 half_open: Map::open(directory, names::HALF_OPEN6, read_only)?,
                 affinity: Map::open(directory, names::AFFINITY6, read_only)?,
+                new_affinity: Map::open(directory, names::NEW_AFFINITY6, read_only)?,
                 source_ranges: Map::open(directory, names::SOURCE_RANGES6, read_only)?,
                 service_cidrs: Map::open(directory, names::SERVICE_CIDRS6, read_only)?,
             },

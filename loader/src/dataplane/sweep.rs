@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use aya::Pod;
-use sheave_common::affinity::AffinityKey;
+use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::config::Timeouts;
 use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::{Address, PROTOCOL_UDP};
@@ -78,7 +78,8 @@ fn affinity<A: Address>(maps: &FamilyMaps<A>, services: &BTreeSet<u32>) -> Resul
 where
     AffinityKey<A>: Pod,
 {
-    delete(&maps.affinity, |key, _| services.contains(&key.service_id))
+    let gone = |key: &AffinityKey<A>, _: &Affinity| services.contains(&key.service_id);
+    Ok(delete(&maps.affinity, gone)? + delete(&maps.new_affinity, gone)?)
 }
 
 fn delete<K: Pod, V: Pod>(map: &Map<K, V>, gone: impl Fn(&K, &V) -> bool) -> Result<usize, MapError> {

@@ -37,13 +37,15 @@ const SHARED: [&str; 11] = [
     names::SERVICE_CIDRS6,
 ];
 /// Maps that they write, whose size is free.
-const COPIED: [&str; 15] = [
+const COPIED: [&str; 17] = [
     names::CONNTRACK4,
     names::CONNTRACK6,
     names::HALF_OPEN4,
     names::HALF_OPEN6,
     names::AFFINITY4,
     names::AFFINITY6,
+    names::NEW_AFFINITY4,
+    names::NEW_AFFINITY6,
     names::SOCK_FORWARD4,
     names::SOCK_FORWARD6,
     names::SOCK_REVERSE4,
@@ -147,11 +149,11 @@ impl Trial {
         let maps = Maps::open(directory, true)?;
         match (self.from.ip(), self.to.ip()) {
             (IpAddr::V4(from), IpAddr::V4(to)) => {
-                let names = [names::CONNTRACK4, names::HALF_OPEN4, names::AFFINITY4];
+                let names = [names::CONNTRACK4, names::HALF_OPEN4, names::AFFINITY4, names::NEW_AFFINITY4];
                 self.run_in(directory, &maps, &maps.v4, names, (from.into(), to.into()), v4)
             }
             (IpAddr::V6(from), IpAddr::V6(to)) => {
-                let names = [names::CONNTRACK6, names::HALF_OPEN6, names::AFFINITY6];
+                let names = [names::CONNTRACK6, names::HALF_OPEN6, names::AFFINITY6, names::NEW_AFFINITY6];
                 self.run_in(directory, &maps, &maps.v6, names, (from.into(), to.into()), v6)
             }
             _ => Err(TrialError::Families(self.from, self.to)),
@@ -163,7 +165,7 @@ impl Trial {
         directory: &Path,
         maps: &Maps,
         family: &FamilyMaps<A>,
-        [conntrack, half_open, affinity]: [&'static str; 3],
+        [conntrack, half_open, affinity, new_affinity]: [&'static str; 4],
         (source, destination): (A, A),
         ip: fn(A) -> IpAddr,
     ) -> Result<Outcome, TrialError>
@@ -199,9 +201,14 @@ impl Trial {
             }
         }
         let client = AffinityKey { service_id, edge, client: source };
-        let known: Option<Affinity> = family.affinity.get(&client)?;
-        if let Some(known) = known {
-            copy.insert(affinity, &client, &known)?;
+        let mut known: Option<Affinity> = None;
+        for (name, map) in [(affinity, &family.affinity), (new_affinity, &family.new_affinity)] {
+            if known.is_none()
+                && let Some(found) = map.get(&client)?
+            {
+                copy.insert(name, &client, &found)?;
+                known = Some(found);
+            }
         }
         for (id, load) in maps.backend_loads.dump()? {
             // One that finds no room counts as idle.

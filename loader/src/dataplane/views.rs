@@ -71,6 +71,10 @@ dumps! {
     affinity4 => v4.affinity: (AffinityKey<Ipv4Address>, Affinity);
     /// `affinity6`.
     affinity6 => v6.affinity: (AffinityKey<Ipv6Address>, Affinity);
+    /// `new_affinity4`.
+    new_affinity4 => v4.new_affinity: (AffinityKey<Ipv4Address>, Affinity);
+    /// `new_affinity6`.
+    new_affinity6 => v6.new_affinity: (AffinityKey<Ipv6Address>, Affinity);
     /// `service_names`: service id → name.
     service_names => service_names: (u32, ServiceName);
     /// `interfaces`: ifindex → interface.

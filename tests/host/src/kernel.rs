@@ -322,7 +322,7 @@ mod every_map {
     use crate::btf_maps::Clear;
 
     /// The programs' maps.
-    pub(super) static ALL: [&(dyn Clear + Sync); 28] = [
+    pub(super) static ALL: [&(dyn Clear + Sync); 30] = [
         &CONFIG,
         &FRONTENDS4,
         &FRONTENDS6,
@@ -336,6 +336,8 @@ mod every_map {
         &HALF_OPEN6,
         &AFFINITY4,
         &AFFINITY6,
+        &NEW_AFFINITY4,
+        &NEW_AFFINITY6,
         &INTERFACES_MAP,
         &SOURCE_RANGES4,
         &SOURCE_RANGES6,

@@ -42,6 +42,8 @@ pub(crate) fn maps() -> BTreeMap<String, (Shape, Shape)> {
         row::<FlowKey<V6>, Flow<V6>>(names::HALF_OPEN6),
         row::<AffinityKey<V4>, Affinity>(names::AFFINITY4),
         row::<AffinityKey<V6>, Affinity>(names::AFFINITY6),
+        row::<AffinityKey<V4>, Affinity>(names::NEW_AFFINITY4),
+        row::<AffinityKey<V6>, Affinity>(names::NEW_AFFINITY6),
         row::<u32, Interface>(names::INTERFACES),
         row::<SocketKey<V4>, SocketPeer<V4>>(names::SOCK_FORWARD4),
         row::<SocketKey<V6>, SocketPeer<V6>>(names::SOCK_FORWARD6),

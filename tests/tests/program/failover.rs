@@ -248,7 +248,7 @@ fn the_first_backends_load_is_taken_back() {
 }
 
 fn bound_to(programs: &mut Programs) -> Vec<u32> {
-    let map = programs.hash::<AffinityKey<Ipv4Address>, Affinity>(names::AFFINITY4).unwrap();
+    let map = programs.hash::<AffinityKey<Ipv4Address>, Affinity>(names::NEW_AFFINITY4).unwrap();
     map.iter().map(|entry| entry.unwrap().1.backend_id).collect()
 }
 

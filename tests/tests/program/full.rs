@@ -83,18 +83,19 @@ type Client = fn(&mut Programs, &Addresses, &str);
 type Count = fn(&mut Programs, &str) -> usize;
 
 /// Each map that packets fill, what a client does that fills it, and how its elements are counted.
-fn maps<A: Address>(names: [&'static str; 4]) -> [(&'static str, Client, Count); 4]
+fn maps<A: Address>(names: [&'static str; 5]) -> [(&'static str, Client, Count); 5]
 where
     FlowKey<A>: Pod,
     Flow<A>: Pod,
     AffinityKey<A>: Pod,
     FragmentKey<A>: Pod,
 {
-    let [half_open, conntrack, affinity, fragmented] = names;
+    let [half_open, conntrack, affinity, new_affinity, fragmented] = names;
     [
         (half_open, ask, entries::<FlowKey<A>, Flow<A>>),
         (conntrack, connect, entries::<FlowKey<A>, Flow<A>>),
         (affinity, connect, entries::<AffinityKey<A>, Affinity>),
+        (new_affinity, ask, entries::<AffinityKey<A>, Affinity>),
         (fragmented, fragments, entries::<FragmentKey<A>, FragmentPorts>),
     ]
 }
@@ -102,8 +103,20 @@ where
 /// When a node has seen more clients than its maps hold, the next ones would be turned away.
 #[test]
 fn full_maps_of_flows_and_clients_turn_nobody_away() {
-    let v4 = maps::<Ipv4Address>([names::HALF_OPEN4, names::CONNTRACK4, names::AFFINITY4, names::FRAGMENTS4]);
-    let v6 = maps::<Ipv6Address>([names::HALF_OPEN6, names::CONNTRACK6, names::AFFINITY6, names::FRAGMENTS6]);
+    let v4 = maps::<Ipv4Address>([
+        names::HALF_OPEN4,
+        names::CONNTRACK4,
+        names::AFFINITY4,
+        names::NEW_AFFINITY4,
+        names::FRAGMENTS4,
+    ]);
+    let v6 = maps::<Ipv6Address>([
+        names::HALF_OPEN6,
+        names::CONNTRACK6,
+        names::AFFINITY6,
+        names::NEW_AFFINITY6,
+        names::FRAGMENTS6,
+    ]);
     for (of, maps) in Addresses::BOTH.iter().zip([v4, v6]) {
         for (map, come, count) in maps {
             let mut programs = programs(&[(map, SIZE)], of);

@@ -44,7 +44,7 @@ fn affinity_that_another_cpu_renewed_a_moment_later_is_not_expired() {
         let from = format!("10.2.0.1:{}", 40_000 + port);
         let there = pod(&mut programs, "pod_ingress", &Packet::tcp(&from, VIP, SYN).build());
         backends.insert(View(&there.packet).destination());
-        let mut map = programs.hash::<AffinityKey<Ipv4Address>, Affinity>(names::AFFINITY4).unwrap();
+        let mut map = programs.hash::<AffinityKey<Ipv4Address>, Affinity>(names::NEW_AFFINITY4).unwrap();
         let (key, mut affinity) = map.iter().next().unwrap().unwrap();
         affinity.last_new_connection += 2;
         map.insert(key, affinity, 0).unwrap();

@@ -2,6 +2,7 @@
 //!
 //! Needs root and a kernel with BPF; nothing is attached or pinned.
 
+mod affinity;
 mod algorithms;
 mod clusterip;
 mod collisions;
