@@ -1,5 +1,6 @@
 //! `affinity4` and `affinity6`: which backend a client of a service port last used; `new_affinity4` and `new_affinity6`: the same while
-//! none of the client's connections is established, so that clients that are none can't push out others.
+//! none of the client's connections is established, so that clients that are none can't push out others. Processes of this host are in
+//! the first two at once.
 //!
 //! A client is an address at an edge: a pod that sends with another pod's address changes nothing for that one.
 

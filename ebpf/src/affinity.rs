@@ -5,6 +5,7 @@
 
 use sheave_common::affinity::{Affinity, AffinityKey};
 use sheave_common::flow::{EDGE_UPLINK, Flow, FlowKey, flags};
+use sheave_common::frontend::FrontendKey;
 
 use crate::balance::From;
 use crate::maps::{self, ANY, EXIST, Family, NOEXIST, Table};
@@ -63,7 +64,7 @@ impl Whose {
     }
 }
 
-/// What becomes of a client's new connection is remembered here: for a packet's with the newcomers, for a process's at once.
+/// Where a client's choice is kept: a packet's with the newcomers, a process's with the known at once.
 #[inline(always)]
 pub fn table(edge: u32, from: From) -> Table {
     if edge == EDGE_UPLINK && from.is_inside() { Table::Established } else { Table::HalfOpen }
@@ -110,21 +111,37 @@ pub fn remember<A: Family>(whose: Whose, client: &A, new: Last, table: Table) {
 #[inline(always)]
 fn write<A: Family>(key: &AffinityKey<A>, new: Last, table: Table) {
     let affinity = new.affinity();
-    if A::insert_affinity(Table::Established, key, &affinity, EXIST).is_err() {
-        // An LRU map makes room; if it can't, the client's next connection is a fresh choice.
-        let _ = A::insert_affinity(table, key, &affinity, ANY);
+    // A look first: the kernel makes room in an LRU map before it sees that there is nothing to replace.
+    if A::affinity(Table::Established, key).is_some()
+        && A::insert_affinity(Table::Established, key, &affinity, EXIST).is_ok()
+    {
+        return;
     }
+    // An LRU map makes room; if it can't, the client's next connection is a fresh choice.
+    let _ = A::insert_affinity(table, key, &affinity, ANY);
 }
 
-/// Takes the client of a flow that has become established from the newcomers, given the packet that says so. (A backend's datagram past
-/// netfilter does not tell where the client is, who stays a newcomer then.) A function of its own in the kernel too, for its stack.
+/// Remembers the client of a flow that has become established, given the packet that says so, and takes it from the newcomers. (A
+/// backend's datagram past netfilter does not tell where the client is, who stays a newcomer then.) A function of its own in the kernel
+/// too, for its stack.
 #[inline(never)]
 pub fn establish<A: Family>(flow: &Flow<A>, key: &FlowKey<A>) {
-    let client = if flow.flags & flags::REPLY == 0 { &key.tuple.source } else { &flow.rewrite.destination };
+    let (frontend, port_be, client) = if flow.flags & flags::REPLY == 0 {
+        (&key.tuple.destination, key.tuple.destination_port_be, &key.tuple.source)
+    } else {
+        (&flow.rewrite.source, flow.rewrite.source_port_be, &flow.rewrite.destination)
+    };
+    let untold = flow.flags & (flags::REPLY | flags::BYPASS) == flags::REPLY | flags::BYPASS;
+    if untold || !has_affinity(&FrontendKey::new(*frontend, port_be, key.protocol), flow.service_id) {
+        return;
+    }
     let key = Whose::new(flow.service_id, key.edge).key(client);
-    let Some(element) = A::affinity(Table::HalfOpen, &key) else { return };
-    // SAFETY: a map value stays readable while the program runs.
-    let affinity = unsafe { maps::copy(element) };
+    let affinity = match A::affinity(Table::HalfOpen, &key) {
+        // SAFETY: a map value stays readable while the program runs.
+        Some(element) => unsafe { maps::copy(element) },
+        // Known already, or forgotten among too many newcomers.
+        None => Last::to(flow.backend_id, flow.last_seen).affinity(),
+    };
     // Another of the client's connections may have been bound to another backend since.
     if affinity.backend_id == flow.backend_id
         && (A::insert_affinity(Table::Established, &key, &affinity, NOEXIST).is_ok()
@@ -132,4 +149,19 @@ pub fn establish<A: Family>(flow: &Flow<A>, key: &FlowKey<A>) {
     {
         A::remove_affinity(Table::HalfOpen, &key);
     }
+}
+
+/// Whether a frontend is this service port's, and that one has affinity.
+#[inline(always)]
+fn has_affinity<A: Family>(key: &FrontendKey<A>, service_id: u32) -> bool {
+    A::frontend(key).is_some_and(|element| {
+        // SAFETY: a map value stays readable while the program runs, and these are aligned words.
+        let (owner, seconds) = unsafe {
+            (
+                (&raw const (*element).service_id).read_volatile(),
+                (&raw const (*element).affinity_seconds).read_volatile(),
+            )
+        };
+        owner == service_id && seconds != 0
+    })
 }

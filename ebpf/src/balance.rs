@@ -38,13 +38,14 @@ pub struct From(u64);
 
 impl From {
     const OUTSIDE: u64 = 1 << 16;
-    const AGAIN: u64 = (Found::Unanswered as u64) << 17;
+    const AGAIN: u64 = 1 << 17;
     const ALIVE: u64 = 1 << 24;
 
     /// Of a packet that has no flow, or one that has not been answered.
     #[inline(always)]
     pub fn new(origin: Origin, found: Found) -> Self {
-        Self(if origin == Origin::Outside { Self::OUTSIDE } else { 0 } | (found as u64) << 17)
+        let again = if found == Found::Unanswered { Self::AGAIN } else { 0 };
+        Self(if origin == Origin::Outside { Self::OUTSIDE } else { 0 } | again)
     }
 
     /// By this port of the client's, or any number that is the connection's own.

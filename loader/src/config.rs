@@ -181,7 +181,7 @@ pub struct MapSizes {
     pub conntrack: Option<u32>,
     /// Half-open flows, two entries each, per family.
     pub half_open: Option<u32>,
-    /// Clients with session affinity, per family.
+    /// Clients with session affinity, per family, and as many newcomers.
     pub affinity: Option<u32>,
     /// Sockets balanced at connect time, per family.
     pub sockets: Option<u32>,

@@ -34,7 +34,7 @@ impl Drop for Pins {
 }
 
 impl Pins {
-    /// Pins all maps and fills them with one Service: two frontends, two backends, flows, one client with affinity.
+    /// Pins all maps and fills them with one Service: two frontends, two backends, flows, two clients with affinity.
     fn new() -> Result<Self> {
         let pins = Self(Path::new("/sys/fs/bpf").join(unique_name()));
         std::fs::create_dir(&pins.0).context("needs root and a BPF file system")?;
@@ -57,7 +57,7 @@ impl Pins {
 
     fn hash<K: aya::Pod, V: aya::Pod>(&self, name: &str, elements: &[(K, V)]) -> Result<()> {
         let map = match name.trim_end_matches(['4', '6']) {
-            "conntrack" | "half_open" | "affinity" => Map::LruHashMap(self.map(name)?),
+            "conntrack" | "half_open" | "affinity" | "new_affinity" => Map::LruHashMap(self.map(name)?),
             _ => Map::HashMap(self.map(name)?),
         };
         let mut map: HashMap<_, K, V> = HashMap::try_from(map)?;
@@ -101,6 +101,10 @@ impl Pins {
         self.hash(names::HALF_OPEN4, &[flow(9_999)])?;
         let client = AffinityKey { service_id: 7, edge: 0, client: address([198, 51, 100, 7]) };
         self.hash(names::AFFINITY4, &[(client, Affinity { backend_id: 31, last_new_connection: 0 })])?;
+        // A newcomer, and one that is known by now.
+        let newcomer = AffinityKey { client: address([198, 51, 100, 8]), ..client };
+        let bound = Affinity { backend_id: 30, last_new_connection: 0 };
+        self.hash(names::NEW_AFFINITY4, &[(newcomer, bound), (client, bound)])?;
         let mut counters: PerCpuArray<_, ServiceCounter> =
             PerCpuArray::try_from(Map::PerCpuArray(self.map(names::SERVICE_COUNTERS)?))?;
         let cpus = aya::util::nr_cpus().map_err(|(_, error)| error)?;
@@ -199,7 +203,10 @@ fn what_is_pinned_is_shown_without_a_daemon() -> Result<()> {
     assert_eq!(pins.view(&["conntrack", "--client", "198.51.100.8"])?, "(none)\n");
 
     let affinity = pins.view(&["affinity"])?;
-    ensure!(affinity.contains("198.51.100.7") && affinity.contains("10.244.0.6:8080"), "{affinity}");
+    for (client, backend) in [("198.51.100.7", "10.244.0.6:8080"), ("198.51.100.8", "10.244.0.5:8080")] {
+        let rows: Vec<&str> = affinity.lines().filter(|row| row.contains(client)).collect();
+        ensure!(rows.len() == 1 && rows[0].contains(backend), "{affinity}");
+    }
     Ok(())
 }
 

@@ -68,14 +68,18 @@ fn fuzz(target: &str, options: &Options) -> Result<()> {
     fs::create_dir_all(&finds)?;
     let committed = Path::new(DIRECTORY).join("corpus").join(target);
     let mut cargo = process::cargo(&["fuzz", "run", "--fuzz-dir", DIRECTORY, "--target-dir"]);
-    // All that is left out took most of the time, and finds little: calls at each comparison of numbers, which inputs choose from tables.
+    // All that is left out took most of the time, and finds little: calls at each comparison, whose values inputs choose from tables
+    // and dictionaries.
     cargo.arg(&work).args([target, "--no-trace-compares"]).arg(grown).arg(committed).arg("--");
     cargo.arg(format!("-max_len={}", options.max_len)).arg(format!("-runs={}", options.runs));
     cargo.arg(format!("-artifact_prefix={}/", fs::canonicalize(finds)?.display()));
+    if let Ok(words) = fs::canonicalize(Path::new(DIRECTORY).join(target).with_extension("dict")) {
+        cargo.arg(format!("-dict={}", words.display()));
+    }
     // Weighing inputs by how rare their features are, comparing features for shorter inputs, and names of new functions.
     cargo.args(["-entropic=0", "-reduce_inputs=0", "-print_funcs=0", "-print_final_stats=1"]);
     // Where memory was allocated, which is asked again of the one input that breaks something; a quarantine larger than the processor's
-    // cache, for what one input has freed need not be kept for the next; what each memcmp compares.
+    // cache, for what one input has freed need not be kept for the next; a look at each memcmp.
     let mut options = "malloc_context_size=0:quarantine_size_mb=1:thread_local_quarantine_size_kb=64:\
                        max_malloc_fill_size=0:intercept_memcmp=0"
         .to_owned();

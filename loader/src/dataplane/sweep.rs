@@ -79,7 +79,8 @@ where
     AffinityKey<A>: Pod,
 {
     let gone = |key: &AffinityKey<A>, _: &Affinity| services.contains(&key.service_id);
-    Ok(delete(&maps.affinity, gone)? + delete(&maps.new_affinity, gone)?)
+    // Newcomers first: one that is established meanwhile is in the other map then.
+    Ok(delete(&maps.new_affinity, gone)? + delete(&maps.affinity, gone)?)
 }
 
 fn delete<K: Pod, V: Pod>(map: &Map<K, V>, gone: impl Fn(&K, &V) -> bool) -> Result<usize, MapError> {

@@ -202,13 +202,11 @@ impl Trial {
         }
         let client = AffinityKey { service_id, edge, client: source };
         let mut known: Option<Affinity> = None;
-        for (name, map) in [(affinity, &family.affinity), (new_affinity, &family.new_affinity)] {
-            if known.is_none()
-                && let Some(found) = map.get(&client)?
-            {
-                copy.insert(name, &client, &found)?;
-                known = Some(found);
-            }
+        // Newcomers first: one that is established meanwhile is in the other map then, which is what counts.
+        for (name, map) in [(new_affinity, &family.new_affinity), (affinity, &family.affinity)] {
+            let Some(found) = map.get(&client)? else { continue };
+            copy.insert(name, &client, &found)?;
+            known = Some(found);
         }
         for (id, load) in maps.backend_loads.dump()? {
             // One that finds no room counts as idle.

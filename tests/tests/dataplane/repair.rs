@@ -60,9 +60,11 @@ fn a_service_id_is_used_again_only_after_its_flows_and_affinity_entries_are_swep
         for service_id in [gone, kept] {
             insert_flow(&bench, "conntrack4", 0, service_id);
         }
-        let mut affinity = hash::<AffinityKey<Ipv4Address>, Affinity>(&bench.pin("affinity4"));
         let client = AffinityKey { service_id: gone, edge: 0, client: Ipv4Address { octets: [10, 0, 0, 1] } };
-        affinity.insert(client, Affinity { backend_id: 1, last_new_connection: 1 }, 0).expect("inserted");
+        for map in ["affinity4", "new_affinity4"] {
+            let mut map = hash::<AffinityKey<Ipv4Address>, Affinity>(&bench.pin(map));
+            map.insert(client, Affinity { backend_id: 1, last_new_connection: 1 }, 0).expect("inserted");
+        }
         let changed = BTreeMap::from([(name("db"), None), (name("late"), Some(service(3, &[1])))]);
         let applied = dataplane.apply(changed);
         assert!(applied.failed.contains_key(&name("late")), "no id is free yet");
@@ -73,7 +75,7 @@ fn a_service_id_is_used_again_only_after_its_flows_and_affinity_entries_are_swep
         assert!(names.iter().any(|(id, name)| *id == gone && name.as_str() == Some("default/late:http")));
         let flows = view.conntrack4().expect("a dump");
         assert_eq!(flows.iter().map(|(_, flow)| flow.service_id).collect::<Vec<_>>(), [kept]);
-        assert!(view.affinity4().expect("a dump").is_empty());
+        assert!(view.affinity4().expect("a dump").is_empty() && view.new_affinity4().expect("a dump").is_empty());
     });
 }
 

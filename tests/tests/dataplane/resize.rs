@@ -34,10 +34,10 @@ fn size(bench: &Bench, map: &str) -> u32 {
     MapData::from_pin(bench.pin(map)).expect("pinned").info().expect("map info").max_entries()
 }
 
-fn insert_affinity(bench: &Bench, last_octet: u8) {
+fn insert_affinity(bench: &Bench, map: &str, last_octet: u8) {
     let key = AffinityKey { service_id: 1, edge: 0, client: Ipv4Address { octets: [10, 0, 0, last_octet] } };
     let value = Affinity { backend_id: 1, last_new_connection: 1 };
-    hash::<AffinityKey<Ipv4Address>, Affinity>(&bench.pin("affinity4")).insert(key, value, 0).expect("inserted");
+    hash::<AffinityKey<Ipv4Address>, Affinity>(&bench.pin(map)).insert(key, value, 0).expect("inserted");
 }
 
 fn count_for_service_1(bench: &Bench) {
@@ -59,7 +59,9 @@ fn maps_of_another_size_hold_what_the_old_ones_did_and_links_stay() {
         for map in ["conntrack4", "half_open4"] {
             insert_flow(&bench, map, 77, 1);
         }
-        insert_affinity(&bench, 1);
+        for map in ["affinity4", "new_affinity4"] {
+            insert_affinity(&bench, map, 1);
+        }
         count_for_service_1(&bench);
         let (before, links) = (meaning(&bench.view()), bench.links());
         drop(dataplane);
@@ -74,6 +76,7 @@ fn maps_of_another_size_hold_what_the_old_ones_did_and_links_stay() {
         assert_eq!(edges(&bench.view().conntrack4().expect("a dump")), BTreeSet::from([77]));
         assert_eq!(edges(&bench.view().half_open4().expect("a dump")), BTreeSet::from([77]));
         assert_eq!(bench.view().affinity4().expect("a dump").len(), 1);
+        assert_eq!(bench.view().new_affinity4().expect("a dump").len(), 1);
         let counted = bench.view().service_counters().expect("a dump");
         assert_eq!(counted.get(&1).map(|counter| (counter.connections, counter.bytes)), Some((7, 9)));
         assert_eq!((size(&bench, "conntrack6"), size(&bench, "backend_loads")), (2_048, 128));
@@ -97,7 +100,7 @@ fn a_size_without_room_for_what_is_there_is_refused_and_says_what_to_do() {
     in_namespace(|| {
         let mut bench = Bench::new();
         assert!(bench.open().apply_all(desired()).failed.is_empty());
-        (1..=9).for_each(|octet| insert_affinity(&bench, octet));
+        (1..=9).for_each(|octet| insert_affinity(&bench, "affinity4", octet));
         let small = bench.config.sizes;
         let refused = |bench: &Bench| chain(&Dataplane::open(&bench.config).err().expect("refused"));
         bench.config.sizes = MapSizes { affinity: Some(8), ..small };
@@ -112,6 +115,25 @@ fn a_size_without_room_for_what_is_there_is_refused_and_says_what_to_do() {
         assert!(text.contains("give a larger number, or run `sheave cleanup`"), "{text}");
         bench.config.sizes = small;
         assert_eq!(bench.open().apply_all(desired()).written, 0, "nothing was touched");
+    });
+}
+
+/// Where the maps are those of a version that had fewer, an upgrade with another size would fail until somebody takes the flag back.
+#[test]
+fn maps_that_an_earlier_version_did_not_have_are_made_with_whatever_size() {
+    in_namespace(|| {
+        let mut bench = Bench::new();
+        assert!(bench.open().apply_all(desired()).failed.is_empty());
+        let before = meaning(&bench.view());
+        for map in ["new_affinity4", "new_affinity6"] {
+            fs::remove_file(bench.pin(map)).expect("pinned");
+        }
+        let small = bench.config.sizes;
+        bench.config.sizes = twice(&small);
+        assert_eq!(bench.open().apply_all(desired()).written, 0);
+        assert_eq!(meaning(&bench.view()), before);
+        let Some(affinity) = bench.config.sizes.affinity else { panic!("a size of each map") };
+        assert_eq!(size(&bench, "new_affinity6"), affinity);
     });
 }
 

@@ -3,14 +3,16 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
+use aya::Pod;
 use sheave_common::affinity::{Affinity, AffinityKey};
+use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::frontend::flags;
-use sheave_common::{Ipv4Address, Ipv6Address, PROTOCOL_SCTP, PROTOCOL_TCP, PROTOCOL_UDP, names};
+use sheave_common::{Address, Ipv4Address, Ipv6Address, PROTOCOL_SCTP, PROTOCOL_TCP, PROTOCOL_UDP, names};
 use sheave_tests::family::Family;
 use sheave_tests::packet::{ACK, Packet, SYN, View};
 use sheave_tests::program::{NEXT, Programs, Service};
 
-use crate::node::{Addresses, at, service};
+use crate::node::{Addresses, at, on_a_node, service, uplink};
 use crate::pod;
 
 /// Elements of each map of clients.
@@ -109,7 +111,10 @@ fn a_flood_of_clients_that_are_none_makes_nobody_forgotten() {
                 .collect();
             assert_eq!(remembered(&mut programs, of), (usize::from(CLIENTS), 0), "protocol {}", manner.protocol);
             for number in 0..FLOOD {
-                manner.ask(&mut programs, of, &client(of, 0x1000 + number, 50_000));
+                // Twice, in two connections: who is a newcomer already is remembered again.
+                for port in [50_000, 50_001] {
+                    manner.ask(&mut programs, of, &client(of, 0x1000 + number, port));
+                }
             }
             let (established, newcomers) = remembered(&mut programs, of);
             assert_eq!(established, usize::from(CLIENTS));
@@ -129,7 +134,7 @@ fn connections_at_once_go_to_one_backend_and_are_remembered_when_one_is_establis
     for of in &Addresses::BOTH {
         for manner in MANNERS {
             let mut programs = programs(of);
-            let ports: Vec<String> = (0..8).map(|port| client(of, 0x8000, 40_000 + port)).collect();
+            let ports: Vec<String> = (0..7).map(|port| client(of, 0x8000, 40_000 + port)).collect();
             let first = manner.ask(&mut programs, of, &ports[0]);
             assert_eq!(remembered(&mut programs, of), (0, 1));
             for port in &ports[1..4] {
@@ -140,6 +145,90 @@ fn connections_at_once_go_to_one_backend_and_are_remembered_when_one_is_establis
             assert_eq!(manner.connect(&mut programs, of, &ports[5]), first);
             assert_eq!(manner.ask(&mut programs, of, &ports[6]), first);
             assert_eq!(remembered(&mut programs, of), (1, 0));
+        }
+    }
+}
+
+/// Two seconds pass for flows that are half open.
+fn seconds_pass<A: Address>(programs: &mut Programs, map: &str)
+where
+    FlowKey<A>: Pod,
+    Flow<A>: Pod,
+{
+    let mut map = programs.hash::<FlowKey<A>, Flow<A>>(map).unwrap();
+    for (key, mut flow) in map.iter().collect::<Result<Vec<_>, _>>().unwrap() {
+        flow.last_seen -= 2;
+        map.insert(key, flow, 0).unwrap();
+    }
+}
+
+/// Who asks once and is told more by and by is as real as who asks again. Only the answers say so, wherever they come by.
+#[test]
+fn a_client_that_goes_on_being_told_is_remembered() {
+    for of in &Addresses::BOTH {
+        let udp = |id, frontend: (&str, u32), endpoint: (&str, bool)| Service {
+            affinity: 600,
+            ..service(id, PROTOCOL_UDP, frontend, &[endpoint])
+        };
+        let (near, own, far) = (at(of.vip, 80), at(of.vip, 81), at(of.node, 30_080));
+        let services = [
+            udp(1, (&near, flags::CLUSTER_IP), (&at(of.local, 8_080), true)),
+            udp(2, (&own, flags::CLUSTER_IP), (&at(of.pod, 8_080), true)),
+            udp(3, (&far, flags::NODE_PORT), (&at(of.remote, 8_080), false)),
+        ];
+        on_a_node(&services, |programs, ifindex| {
+            let enter = |programs: &mut Programs, hook: &str, from: &str, to: &str| {
+                let packet = Packet::udp(from, to).build();
+                let outcome = match hook {
+                    "uplink_xdp" => programs.xdp(&packet, ifindex).expect("test run"),
+                    "uplink_ingress" => uplink(programs, hook, &packet, ifindex),
+                    _ => pod(programs, hook, &packet),
+                };
+                let view = View(&outcome.packet);
+                (view.source().to_string(), view.destination().to_string())
+            };
+            for (known, (client, frontend, there, back)) in [
+                (at(of.pod, 40_000), &near, "pod_ingress", "pod_egress"),
+                (at(of.pod, 40_000), &own, "pod_ingress", "pod_ingress"),
+                (at(of.client, 40_000), &far, "uplink_ingress", "uplink_ingress"),
+                (client(of, 1, 40_000), &far, "uplink_xdp", "uplink_xdp"),
+            ]
+            .into_iter()
+            .enumerate()
+            {
+                let (seen, backend) = enter(programs, there, &client, frontend);
+                assert_ne!(backend, *frontend, "{client} by {there}");
+                let answer = |programs: &mut Programs| {
+                    assert_eq!(enter(programs, back, &backend, &seen), (frontend.clone(), client.clone()), "by {back}");
+                };
+                answer(programs);
+                assert_eq!(remembered(programs, of), (known, 1), "one answer may be a flood's: {client} by {there}");
+                match of.family {
+                    Family::V4 => seconds_pass::<Ipv4Address>(programs, names::HALF_OPEN4),
+                    Family::V6 => seconds_pass::<Ipv6Address>(programs, names::HALF_OPEN6),
+                }
+                answer(programs);
+                assert_eq!(remembered(programs, of), (known + 1, 0), "{client} by {there}");
+            }
+        });
+    }
+}
+
+/// Who comes during a flood would be the next whom nobody remembers.
+#[test]
+fn a_newcomer_that_was_forgotten_during_its_handshake_is_remembered_after_it() {
+    for of in &Addresses::BOTH {
+        for manner in MANNERS {
+            let mut programs = programs(of);
+            let ports = [client(of, 0x8000, 40_000), client(of, 0x8000, 40_001)];
+            let backend = manner.ask(&mut programs, of, &ports[0]);
+            for number in 0..FLOOD {
+                manner.ask(&mut programs, of, &client(of, 0x1000 + number, 50_000));
+            }
+            pod(&mut programs, "pod_egress", &(manner.answer)(&backend, &ports[0]).build());
+            pod(&mut programs, "pod_ingress", &(manner.then)(&ports[0], &at(of.vip, 80)).build());
+            assert_eq!(remembered(&mut programs, of).0, 1, "protocol {}", manner.protocol);
+            assert_eq!(manner.ask(&mut programs, of, &ports[1]), backend);
         }
     }
 }

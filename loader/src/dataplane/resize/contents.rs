@@ -4,7 +4,7 @@ use std::path::Path;
 
 use aya::Pod;
 use sheave_common::affinity::{Affinity, AffinityKey};
-use sheave_common::backend::Backend;
+use sheave_common::backend::{Backend, TableElement};
 use sheave_common::counter::ServiceCounter;
 use sheave_common::flow::{Flow, FlowKey, closing};
 use sheave_common::frontend::{Frontend, FrontendKey};
@@ -16,7 +16,6 @@ use sheave_common::{Address, Ipv4Address, Ipv6Address, names};
 
 use super::super::error::MapError;
 use super::super::map::Map;
-use super::super::maps::Maps;
 use super::super::views::possible_cpus;
 
 type V4 = Ipv4Address;
@@ -29,7 +28,7 @@ pub(super) fn count(name: &'static str, folder: &Path) -> Result<usize, MapError
         names::FRONTENDS6 => elements::<FrontendKey<V6>, Frontend>(name, folder),
         names::BACKENDS4 => elements::<u32, Backend<V4>>(name, folder),
         names::BACKENDS6 => elements::<u32, Backend<V6>>(name, folder),
-        names::BACKEND_TABLE => Ok(Maps::open(folder, true)?.backend_table.max_entries() as usize),
+        names::BACKEND_TABLE => Ok(table(folder)?.max_entries() as usize),
         names::BACKEND_LOADS => elements::<u32, Load>(name, folder),
         names::SERVICE_NAMES => elements::<u32, ServiceName>(name, folder),
         names::SOURCE_RANGES4 => elements::<Prefix<SourceRange<V4>>, u32>(name, folder),
@@ -56,7 +55,7 @@ pub(super) fn copy(name: &'static str, from: &Path, to: &Path) -> Result<(), Map
         names::FRONTENDS6 => same::<FrontendKey<V6>, Frontend>(name, from, to),
         names::BACKENDS4 => same::<u32, Backend<V4>>(name, from, to),
         names::BACKENDS6 => same::<u32, Backend<V6>>(name, from, to),
-        names::BACKEND_TABLE => same_array(&Maps::open(from, true)?.backend_table, name, to),
+        names::BACKEND_TABLE => same_array(&table(from)?, name, to),
         names::BACKEND_LOADS => same::<u32, Load>(name, from, to),
         names::SERVICE_NAMES => same::<u32, ServiceName>(name, from, to),
         names::SOURCE_RANGES4 => same::<Prefix<SourceRange<V4>>, u32>(name, from, to),
@@ -84,6 +83,11 @@ pub(super) fn catch_up(name: &'static str, from: &Path, to: &Path) -> Result<(),
         // Only the controller writes them, or they are counts, of which those of these milliseconds are lost.
         _ => Ok(()),
     }
+}
+
+/// By itself: another version may lack other maps.
+fn table(folder: &Path) -> Result<Map<u32, TableElement>, MapError> {
+    Map::open(folder, names::BACKEND_TABLE, true)
 }
 
 fn elements<K: Pod, V: Pod>(name: &'static str, folder: &Path) -> Result<usize, MapError> {
