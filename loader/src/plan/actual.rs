@@ -150,7 +150,10 @@ impl Actual {
         let mut allocated = self.runs.allocate(service_id, ids.into());
         // Only what was read back can be broken.
         if allocated.is_none() && !std::mem::replace(&mut self.looked_for_broken, true) {
-            let known: HashSet<_> = self.backends.iter().map(|(service_id, held)| (service_id, held.id)).collect();
+            // Ids that nobody gave out, of a backend or a service, say nothing.
+            let named = |(service_id, id): &(u32, u32)| *id != 0 && self.names.contains_key(service_id);
+            let held = self.backends.iter().map(|(service_id, held)| (service_id, held.id));
+            let known: HashSet<_> = held.filter(named).collect();
             self.runs.give_up_broken(|service_id, id| known.contains(&(service_id, id)));
             allocated = self.runs.allocate(service_id, ids.into());
         }

@@ -87,7 +87,7 @@ impl Runs {
         Some(set)
     }
 
-    /// The table is full: gives up what was read back and can't be a run of ours, because it overlaps another or names ids
+    /// The table is full: gives up what was read back and can't be a run of ours, because it overlaps another, or names ids
     /// that `is_backend` denies its service. A frontend that names one leads nowhere there, and is about to be written anew.
     pub(super) fn give_up_broken(&mut self, is_backend: impl Fn(u32, u32) -> bool) {
         for element in std::mem::take(&mut self.overlapped) {
