@@ -8,7 +8,7 @@ use sheave::source::manifests::Catalogue;
 
 use super::objects;
 
-/// Runs one input: its first byte says how the file is written.
+/// Runs one input: its first byte says how the file is written, and whether sound objects are there.
 ///
 /// # Panics
 /// If the file disturbs objects of another, or gives something that is not the same when it is read again.
@@ -21,10 +21,10 @@ pub fn run(input: &[u8]) {
     let given = catalogue.take_changes();
     catalogue.see(name, Ok(text.to_owned()));
     assert!(catalogue.take_changes().is_empty(), "the same file again is no change");
-    let (sound, alone) = objects::sound_alone();
+    let sound = objects::sound_beside(first >> 1);
     let changes: Vec<Change> = given.into_iter().filter(|change| !concerns_sound(change)).collect();
-    let changes = [&sound[..], &changes].concat();
-    objects::check(&changes, alone, objects::room(&changes));
+    let changes = [&sound.changes[..], &changes].concat();
+    objects::check(&changes, &sound.alone, objects::room(&changes));
 }
 
 /// Whether an object may rightly change what the sound ones come to: it is one of them, or this Node, or wants their addresses.

@@ -28,13 +28,13 @@ const SOUND: &str = "sound";
 /// # Panics
 /// If an object that is wrong has disturbed another.
 pub fn run(input: &[u8]) {
+    let sound = sound_beside(input.last().copied().unwrap_or_default());
+    let mut changes = sound.changes.clone();
     let mut input = Unstructured::new(input);
-    let (sound, alone) = sound_alone();
-    let mut changes = sound.clone();
     while let Ok(change) = wrong(&mut input) {
         changes.extend(change);
     }
-    check(&changes, alone, room(&changes));
+    check(&changes, &sound.alone, room(&changes));
 }
 
 /// What objects of one input take.
@@ -44,13 +44,25 @@ pub(super) fn room(changes: &[Change]) -> Room {
     Room::new(SERVICES, changes.iter().any(is_maglev))
 }
 
-/// [`sound`], and what they come to by themselves.
-pub(super) fn sound_alone() -> &'static (Vec<Change>, BTreeMap<ServicePortName, ServicePort>) {
-    static ALONE: OnceLock<(Vec<Change>, BTreeMap<ServicePortName, ServicePort>)> = OnceLock::new();
-    ALONE.get_or_init(|| {
-        let sound = sound();
-        let alone = desired(&sound);
-        (sound, alone)
+/// Objects with which nothing is wrong.
+#[derive(Default)]
+pub(super) struct Sound {
+    pub(super) changes: Vec<Change>,
+    /// What they come to by themselves.
+    pub(super) alone: BTreeMap<ServicePortName, ServicePort>,
+}
+
+/// [`sound`] beside the objects of one input in four: they take longer than most inputs.
+pub(super) fn sound_beside(choice: u8) -> &'static Sound {
+    static NONE: OnceLock<Sound> = OnceLock::new();
+    static SOUND: OnceLock<Sound> = OnceLock::new();
+    if !choice.is_multiple_of(4) {
+        return NONE.get_or_init(Sound::default);
+    }
+    SOUND.get_or_init(|| {
+        let changes = sound();
+        let alone = desired(&changes);
+        Sound { changes, alone }
     })
 }
 

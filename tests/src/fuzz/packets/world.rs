@@ -69,7 +69,7 @@ impl Plan {
             mtu: if bit(0, 2) { 1_500 } else { 300 },
             resolved: !bit(0, 3),
             rejects: if bit(0, 4) { 1 } else { 1_000 },
-            compare: bit(2, 3),
+            compare: bit(2, 3) && bit(2, 4),
         };
         for (on, feature) in [
             (bit(2, 0), features::FIB_SOURCE),
