@@ -79,10 +79,10 @@ fn fuzz(target: &str, options: &Options) -> Result<()> {
     // Weighing inputs by how rare their features are, comparing features for shorter inputs, and names of new functions.
     cargo.args(["-entropic=0", "-reduce_inputs=0", "-print_funcs=0", "-print_final_stats=1"]);
     // Where memory was allocated, which is asked again of the one input that breaks something; a quarantine larger than the processor's
-    // cache, for what one input has freed need not be kept for the next; a look at each memcmp.
-    let mut options = "malloc_context_size=0:quarantine_size_mb=1:thread_local_quarantine_size_kb=64:\
-                       max_malloc_fill_size=0:intercept_memcmp=0"
-        .to_owned();
+    // cache, for what one input has freed need not be kept for the next.
+    let mut options =
+        "malloc_context_size=0:quarantine_size_mb=1:thread_local_quarantine_size_kb=64:max_malloc_fill_size=0"
+            .to_owned();
     if !KERNEL_PROGRAMS.contains(&target) {
         // Safe code returns no reference to its stack.
         options.push_str(":detect_stack_use_after_return=0");
