@@ -67,7 +67,9 @@ fn converse(plan: &world::Plan, sights: &[Sight], offload: Offload, sender: &mut
         let sight = sender.resolve(sight, &outputs);
         world.kernel.wait(sight.pause);
         world.kernel.set_random(sight.random);
-        laws::parsing(&world.kernel, &sight);
+        if offload == Offload::Tc {
+            laws::parsing(&world.kernel, &sight);
+        }
         let first = if offload == Offload::XdpFirst && sight.hook == Hook::UplinkIngress {
             let output = world.kernel.run(Hook::Xdp, &sight.as_frame());
             if output.fate == Fate::Pass {
