@@ -128,7 +128,9 @@ impl Planner {
             }
         }
         for service_id in ripe(&mut self.queue.stray_names, generation) {
-            if self.actual.stray_names.contains(&service_id) {
+            // While a frontend carries the id, it can't be given to another.
+            let in_use = self.actual.frontends_of(service_id).next().is_some();
+            if self.actual.stray_names.contains(&service_id) && !in_use {
                 operations.push(Operation { owner: Owner::Nobody, write: Write::DeleteName { service_id } });
             }
         }
@@ -150,6 +152,7 @@ impl Planner {
         if let Some(name) = name {
             self.queue.service(name.clone());
         }
+        self.queue.stray_names(self.actual.stray_names.get(&service_id).copied());
     }
 
     /// Queues whatever the kernel holds that belongs to no service port.
