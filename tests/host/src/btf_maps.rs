@@ -5,7 +5,8 @@
 
 use std::borrow::Borrow;
 use std::cell::UnsafeCell;
-use std::collections::BTreeMap;
+use std::collections::HashMap as StdHashMap;
+use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::mem::MaybeUninit;
 
 /// The kernel's EEXIST, ENOENT and E2BIG.
@@ -16,15 +17,15 @@ const FULL: i32 = -7;
 const NOEXIST: u64 = 1;
 const EXIST: u64 = 2;
 
-/// Elements by the bytes of their keys, which is what the kernel compares.
+/// Elements by the bytes of their keys, which is what the kernel compares. The hash is the same each time, and so is their order.
 struct Elements<V> {
-    live: BTreeMap<Box<[u8]>, Box<UnsafeCell<V>>>,
+    live: StdHashMap<Box<[u8]>, Box<UnsafeCell<V>>, BuildHasherDefault<DefaultHasher>>,
     gone: Vec<Box<UnsafeCell<V>>>,
 }
 
 impl<V> Elements<V> {
     const fn new() -> Self {
-        Self { live: BTreeMap::new(), gone: Vec::new() }
+        Self { live: StdHashMap::with_hasher(BuildHasherDefault::new()), gone: Vec::new() }
     }
 
     fn get(&self, key: &[u8]) -> Option<*mut V> {
@@ -174,11 +175,12 @@ macro_rules! array {
                     }
                     let elements = self.0.elements();
                     let key = index.to_be_bytes();
-                    if elements.get(&key).is_none() {
-                        // SAFETY: the maps' values are plain numbers, for which zeroes are a value.
-                        let zero = unsafe { MaybeUninit::<V>::zeroed().assume_init() };
-                        elements.insert(&key, zero, 0, ENTRIES).ok()?;
+                    if let Some(element) = elements.get(&key) {
+                        return Some(element);
                     }
+                    // SAFETY: the maps' values are plain numbers, for which zeroes are a value.
+                    let zero = unsafe { MaybeUninit::<V>::zeroed().assume_init() };
+                    elements.insert(&key, zero, 0, ENTRIES).ok()?;
                     elements.get(&key)
                 }
             }
