@@ -140,7 +140,7 @@ pub fn establish<A: Family>(flow: &Flow<A>, key: &FlowKey<A>) {
         // SAFETY: a map value stays readable while the program runs.
         Some(element) => unsafe { maps::copy(element) },
         // Known already, or forgotten among too many newcomers.
-        None => Last::to(flow.backend_id, flow.last_seen).affinity(),
+        None => Affinity { backend_id: flow.backend_id, last_new_connection: flow.last_seen },
     };
     // Another of the client's connections may have been bound to another backend since.
     if affinity.backend_id == flow.backend_id

@@ -148,6 +148,16 @@ pub const NOEXIST: u64 = 1;
 /// BPF_EXIST: replace only.
 pub const EXIST: u64 = 2;
 
+/// A method of one of a table's two maps.
+macro_rules! of_table {
+    ($table:expr, $established:ident, $half_open:ident, $method:ident($($argument:expr),+)) => {
+        match $table {
+            Table::Established => $established.$method($($argument),+),
+            Table::HalfOpen => $half_open.$method($($argument),+),
+        }
+    };
+}
+
 macro_rules! family {
     ($address:ty, $frontends:ident, $backends:ident, $conntrack:ident, $half_open:ident, $affinity:ident,
      $new_affinity:ident, $sock_forward:ident, $sock_reverse:ident, $source_ranges:ident, $service_cidrs:ident, $fragments:ident,
@@ -165,35 +175,23 @@ macro_rules! family {
 
             #[inline(always)]
             fn flow(table: Table, key: &FlowKey<Self>) -> Option<*mut Flow<Self>> {
-                match table {
-                    Table::Established => $conntrack.get_ptr_mut(key),
-                    Table::HalfOpen => $half_open.get_ptr_mut(key),
-                }
+                of_table!(table, $conntrack, $half_open, get_ptr_mut(key))
             }
 
             #[inline(always)]
             fn insert_flow(table: Table, key: &FlowKey<Self>, flow: &Flow<Self>, flags: u64) -> Result<(), i32> {
-                match table {
-                    Table::Established => $conntrack.insert(key, flow, flags),
-                    Table::HalfOpen => $half_open.insert(key, flow, flags),
-                }
+                of_table!(table, $conntrack, $half_open, insert(key, flow, flags))
             }
 
             #[inline(always)]
             fn remove_flow(table: Table, key: &FlowKey<Self>) {
                 // Removing what another CPU has just removed is no error.
-                let _ = match table {
-                    Table::Established => $conntrack.remove(key),
-                    Table::HalfOpen => $half_open.remove(key),
-                };
+                let _ = of_table!(table, $conntrack, $half_open, remove(key));
             }
 
             #[inline(always)]
             fn affinity(table: Table, key: &AffinityKey<Self>) -> Option<*const Affinity> {
-                match table {
-                    Table::Established => $affinity.get_ptr(key),
-                    Table::HalfOpen => $new_affinity.get_ptr(key),
-                }
+                of_table!(table, $affinity, $new_affinity, get_ptr(key))
             }
 
             #[inline(always)]
@@ -203,18 +201,12 @@ macro_rules! family {
                 affinity: &Affinity,
                 flags: u64,
             ) -> Result<(), i32> {
-                match table {
-                    Table::Established => $affinity.insert(key, affinity, flags),
-                    Table::HalfOpen => $new_affinity.insert(key, affinity, flags),
-                }
+                of_table!(table, $affinity, $new_affinity, insert(key, affinity, flags))
             }
 
             #[inline(always)]
             fn remove_affinity(table: Table, key: &AffinityKey<Self>) {
-                let _ = match table {
-                    Table::Established => $affinity.remove(key),
-                    Table::HalfOpen => $new_affinity.remove(key),
-                };
+                let _ = of_table!(table, $affinity, $new_affinity, remove(key));
             }
 
             #[inline(always)]

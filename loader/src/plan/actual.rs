@@ -133,6 +133,11 @@ impl Actual {
         self.frontends_of.range(first..).take_while(move |(id, _)| *id == service_id).map(|(_, address)| *address)
     }
 
+    /// Whether a frontend in the kernel carries a service id.
+    pub(super) fn has_frontend(&self, service_id: u32) -> bool {
+        self.frontends_of(service_id).next().is_some()
+    }
+
     /// Clients that the kernel lets use a service port's guarded frontends.
     pub(super) fn source_ranges_of(&self, service_id: u32) -> impl Iterator<Item = Network> + '_ {
         let range = self.source_ranges.range((service_id, Network::FIRST)..);

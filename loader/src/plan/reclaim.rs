@@ -114,7 +114,7 @@ impl Planner {
                 self.services.remove(&name);
                 continue;
             };
-            let in_use = self.actual.frontends_of(service_id).next().is_some()
+            let in_use = self.actual.has_frontend(service_id)
                 || self.actual.backends.of(service_id).iter().any(|held| !deleted.contains(&held.id))
                 || self.actual.source_ranges_of(service_id).any(|range| !deleted_ranges.contains(&(service_id, range)));
             if in_use {
@@ -129,8 +129,7 @@ impl Planner {
         }
         for service_id in ripe(&mut self.queue.stray_names, generation) {
             // While a frontend carries the id, it can't be given to another.
-            let in_use = self.actual.frontends_of(service_id).next().is_some();
-            if self.actual.stray_names.contains(&service_id) && !in_use {
+            if self.actual.stray_names.contains(&service_id) && !self.actual.has_frontend(service_id) {
                 operations.push(Operation { owner: Owner::Nobody, write: Write::DeleteName { service_id } });
             }
         }
@@ -143,7 +142,7 @@ impl Planner {
         let name = self.actual.names.get(&service_id);
         let service = name.and_then(|name| self.services.get(name));
         let is_wanted = service.is_some_and(|service| service.desired.is_some());
-        if is_wanted || self.actual.frontends_of(service_id).next().is_some() {
+        if is_wanted || self.actual.has_frontend(service_id) {
             return;
         }
         let backends = self.actual.backends.of(service_id).iter().map(|held| (held.endpoint(), held.id));

@@ -29,7 +29,8 @@ impl Room {
 /// What a frontend comes to.
 #[derive(Debug, PartialEq)]
 pub(super) struct Meaning {
-    name: Option<ServicePortName>,
+    /// `None` if there is no name, and within if it can't be read.
+    name: Option<Option<ServicePortName>>,
     /// Without ids.
     frontend: Frontend,
     cluster: Vec<Backend>,
@@ -189,7 +190,7 @@ impl Maps {
                 own.map(|(_, network)| *network).collect()
             });
             Meaning {
-                name: self.names.get(&frontend.service_id).cloned().flatten(),
+                name: self.names.get(&frontend.service_id).cloned(),
                 frontend: Frontend {
                     service_id: 0,
                     cluster: BackendSet::default(),

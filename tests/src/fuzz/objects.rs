@@ -45,7 +45,6 @@ pub(super) fn room(changes: &[Change]) -> Room {
 }
 
 /// Objects with which nothing is wrong.
-#[derive(Default)]
 pub(super) struct Sound {
     pub(super) changes: Vec<Change>,
     /// What they come to by themselves.
@@ -54,10 +53,10 @@ pub(super) struct Sound {
 
 /// [`sound`] beside the objects of one input in four: they take longer than most inputs.
 pub(super) fn sound_beside(choice: u8) -> &'static Sound {
-    static NONE: OnceLock<Sound> = OnceLock::new();
+    static NONE: Sound = Sound { changes: Vec::new(), alone: BTreeMap::new() };
     static SOUND: OnceLock<Sound> = OnceLock::new();
     if !choice.is_multiple_of(4) {
-        return NONE.get_or_init(Sound::default);
+        return &NONE;
     }
     SOUND.get_or_init(|| {
         let changes = sound();

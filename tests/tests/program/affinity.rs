@@ -1,19 +1,16 @@
 //! Session affinity while others come that are nobody: a client is remembered for good when a connection of its is established.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 
-use aya::Pod;
 use sheave_common::affinity::{Affinity, AffinityKey};
-use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::frontend::flags;
-use sheave_common::{Address, Ipv4Address, Ipv6Address, PROTOCOL_SCTP, PROTOCOL_TCP, PROTOCOL_UDP, names};
+use sheave_common::{Ipv4Address, Ipv6Address, PROTOCOL_SCTP, PROTOCOL_TCP, PROTOCOL_UDP, names};
 use sheave_tests::family::Family;
 use sheave_tests::packet::{ACK, Packet, SYN, View};
 use sheave_tests::program::{NEXT, Programs, Service};
 
-use crate::node::{Addresses, at, on_a_node, service, uplink};
-use crate::pod;
+use crate::node::{Addresses, at, client, elements, on_a_node, service, uplink};
+use crate::{edit, edit_of, pod};
 
 /// Elements of each map of clients.
 const SIZE: u32 = 256;
@@ -28,22 +25,13 @@ fn programs(of: &Addresses) -> Programs {
     let maps = [names::AFFINITY4, names::AFFINITY6, names::NEW_AFFINITY4, names::NEW_AFFINITY6];
     let mut programs = Programs::load_sized(&maps.map(|map| (map, SIZE)), |_| {}).expect("programs load");
     for (id, protocol) in [(1, PROTOCOL_TCP), (2, PROTOCOL_UDP), (3, PROTOCOL_SCTP)] {
-        let endpoints: Vec<String> = (1..=ENDPOINTS).map(|host| client(of, 0x0100 + u16::from(host), 8_080)).collect();
+        let endpoints: Vec<String> =
+            (1..=ENDPOINTS).map(|host| client(of.family, 0x0100 + u16::from(host), 8_080)).collect();
         let endpoints: Vec<(&str, bool)> = endpoints.iter().map(|endpoint| (endpoint.as_str(), true)).collect();
         let port = service(id, protocol, (&at(of.vip, 80), flags::CLUSTER_IP), &endpoints);
         programs.service(&Service { affinity: 10_800, ..port }).expect("service");
     }
     programs
-}
-
-/// One of many addresses, with a port.
-fn client(of: &Addresses, number: u16, port: u16) -> String {
-    let [high, low] = number.to_be_bytes();
-    match of.family {
-        Family::V4 => SocketAddr::from(([10, 7, high, low], port)),
-        Family::V6 => SocketAddr::from(([0xfd00, 7, 0, 0, 0, 0, 0, number], port)),
-    }
-    .to_string()
 }
 
 /// How a connection is established: what the client sends first, what the backend answers, what the client says to that.
@@ -91,8 +79,8 @@ impl Manner {
 /// Clients that are known, and newcomers.
 fn remembered(programs: &mut Programs, of: &Addresses) -> (usize, usize) {
     let mut count = |map: &str| match of.family {
-        Family::V4 => programs.hash::<AffinityKey<Ipv4Address>, Affinity>(map).unwrap().keys().count(),
-        Family::V6 => programs.hash::<AffinityKey<Ipv6Address>, Affinity>(map).unwrap().keys().count(),
+        Family::V4 => elements::<AffinityKey<Ipv4Address>, Affinity>(programs, map),
+        Family::V6 => elements::<AffinityKey<Ipv6Address>, Affinity>(programs, map),
     };
     match of.family {
         Family::V4 => (count(names::AFFINITY4), count(names::NEW_AFFINITY4)),
@@ -107,20 +95,20 @@ fn a_flood_of_clients_that_are_none_makes_nobody_forgotten() {
         for manner in MANNERS {
             let mut programs = programs(of);
             let known: BTreeMap<u16, String> = (0..CLIENTS)
-                .map(|number| (number, manner.connect(&mut programs, of, &client(of, 0x8000 + number, 40_000))))
+                .map(|number| (number, manner.connect(&mut programs, of, &client(of.family, 0x8000 + number, 40_000))))
                 .collect();
             assert_eq!(remembered(&mut programs, of), (usize::from(CLIENTS), 0), "protocol {}", manner.protocol);
             for number in 0..FLOOD {
                 // Twice, in two connections: who is a newcomer already is remembered again.
                 for port in [50_000, 50_001] {
-                    manner.ask(&mut programs, of, &client(of, 0x1000 + number, port));
+                    manner.ask(&mut programs, of, &client(of.family, 0x1000 + number, port));
                 }
             }
             let (established, newcomers) = remembered(&mut programs, of);
             assert_eq!(established, usize::from(CLIENTS));
             assert!(newcomers >= SIZE as usize / 4, "{newcomers} newcomers: the flood has filled their map");
             for (number, backend) in known {
-                let again = manner.ask(&mut programs, of, &client(of, 0x8000 + number, 40_001));
+                let again = manner.ask(&mut programs, of, &client(of.family, 0x8000 + number, 40_001));
                 assert_eq!(again, backend, "client {number}, protocol {}", manner.protocol);
             }
             assert_eq!(remembered(&mut programs, of).0, usize::from(CLIENTS));
@@ -134,7 +122,7 @@ fn connections_at_once_go_to_one_backend_and_are_remembered_when_one_is_establis
     for of in &Addresses::BOTH {
         for manner in MANNERS {
             let mut programs = programs(of);
-            let ports: Vec<String> = (0..7).map(|port| client(of, 0x8000, 40_000 + port)).collect();
+            let ports: Vec<String> = (0..7).map(|port| client(of.family, 0x8000, 40_000 + port)).collect();
             let first = manner.ask(&mut programs, of, &ports[0]);
             assert_eq!(remembered(&mut programs, of), (0, 1));
             for port in &ports[1..4] {
@@ -146,19 +134,6 @@ fn connections_at_once_go_to_one_backend_and_are_remembered_when_one_is_establis
             assert_eq!(manner.ask(&mut programs, of, &ports[6]), first);
             assert_eq!(remembered(&mut programs, of), (1, 0));
         }
-    }
-}
-
-/// Two seconds pass for flows that are half open.
-fn seconds_pass<A: Address>(programs: &mut Programs, map: &str)
-where
-    FlowKey<A>: Pod,
-    Flow<A>: Pod,
-{
-    let mut map = programs.hash::<FlowKey<A>, Flow<A>>(map).unwrap();
-    for (key, mut flow) in map.iter().collect::<Result<Vec<_>, _>>().unwrap() {
-        flow.last_seen -= 2;
-        map.insert(key, flow, 0).unwrap();
     }
 }
 
@@ -191,7 +166,7 @@ fn a_client_that_goes_on_being_told_is_remembered() {
                 (at(of.pod, 40_000), &near, "pod_ingress", "pod_egress"),
                 (at(of.pod, 40_000), &own, "pod_ingress", "pod_ingress"),
                 (at(of.client, 40_000), &far, "uplink_ingress", "uplink_ingress"),
-                (client(of, 1, 40_000), &far, "uplink_xdp", "uplink_xdp"),
+                (client(of.family, 1, 40_000), &far, "uplink_xdp", "uplink_xdp"),
             ]
             .into_iter()
             .enumerate()
@@ -204,8 +179,8 @@ fn a_client_that_goes_on_being_told_is_remembered() {
                 answer(programs);
                 assert_eq!(remembered(programs, of), (known, 1), "one answer may be a flood's: {client} by {there}");
                 match of.family {
-                    Family::V4 => seconds_pass::<Ipv4Address>(programs, names::HALF_OPEN4),
-                    Family::V6 => seconds_pass::<Ipv6Address>(programs, names::HALF_OPEN6),
+                    Family::V4 => edit(programs, names::HALF_OPEN4, |flow| flow.last_seen -= 2),
+                    Family::V6 => edit_of::<Ipv6Address>(programs, names::HALF_OPEN6, |flow| flow.last_seen -= 2),
                 }
                 answer(programs);
                 assert_eq!(remembered(programs, of), (known + 1, 0), "{client} by {there}");
@@ -220,10 +195,10 @@ fn a_newcomer_that_was_forgotten_during_its_handshake_is_remembered_after_it() {
     for of in &Addresses::BOTH {
         for manner in MANNERS {
             let mut programs = programs(of);
-            let ports = [client(of, 0x8000, 40_000), client(of, 0x8000, 40_001)];
+            let ports = [client(of.family, 0x8000, 40_000), client(of.family, 0x8000, 40_001)];
             let backend = manner.ask(&mut programs, of, &ports[0]);
             for number in 0..FLOOD {
-                manner.ask(&mut programs, of, &client(of, 0x1000 + number, 50_000));
+                manner.ask(&mut programs, of, &client(of.family, 0x1000 + number, 50_000));
             }
             pod(&mut programs, "pod_egress", &(manner.answer)(&backend, &ports[0]).build());
             pod(&mut programs, "pod_ingress", &(manner.then)(&ports[0], &at(of.vip, 80)).build());

@@ -19,7 +19,7 @@ use sheave_tests::packet::{ACK, Packet, SYN, View};
 use sheave_tests::program::{NEXT, Outcome, Programs, REDIRECT, Service, XDP_TX};
 
 use crate::nodeport::{on_a_node, uplink};
-use crate::{CLIENT, VIP, address, cluster_ip, pod};
+use crate::{CLIENT, VIP, address, cluster_ip, edit_of, pod};
 
 const BACKENDS: [&str; 4] = ["10.1.0.11:8080", "10.1.0.12:8080", "10.1.0.13:8080", "10.1.0.14:8080"];
 
@@ -55,12 +55,7 @@ where
     FlowKey<A>: Pod,
     Flow<A>: Pod,
 {
-    let mut map = programs.hash::<FlowKey<A>, Flow<A>>(map).unwrap();
-    let flows: Vec<_> = map.iter().map(Result::unwrap).collect();
-    for (key, mut flow) in flows {
-        flow.tried = flow.tried.wrapping_sub(units);
-        map.insert(key, flow, 0).unwrap();
-    }
+    edit_of::<A>(programs, map, |flow| flow.tried = flow.tried.wrapping_sub(units));
 }
 
 fn a_second(programs: &mut Programs) {

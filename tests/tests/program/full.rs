@@ -1,7 +1,5 @@
 //! Maps that are full: those of flows and of clients make room, so nobody new is turned away; events get lost, and are counted.
 
-use std::net::{IpAddr, SocketAddr};
-
 use aya::Pod;
 use aya::maps::RingBuf;
 use sheave_common::affinity::{Affinity, AffinityKey};
@@ -9,27 +7,16 @@ use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::fragment::{FragmentKey, FragmentPorts};
 use sheave_common::frontend::flags;
 use sheave_common::{Address, Ipv4Address, Ipv6Address, PROTOCOL_TCP, PROTOCOL_UDP, event, names};
-use sheave_tests::family::Family;
 use sheave_tests::packet::{ACK, Packet, SYN, View, split};
 use sheave_tests::program::{NEXT, Programs, Service};
 
-use crate::node::{Addresses, at, service};
+use crate::node::{Addresses, at, client, elements, service};
 use crate::pod;
 
 /// Elements of each map.
 const SIZE: u32 = 256;
 /// Clients that come, one after the other.
 const CLIENTS: u16 = 1_000;
-
-/// A client's address and port.
-fn client(family: Family, number: u16) -> String {
-    let [high, low] = number.to_be_bytes();
-    let address: IpAddr = match family {
-        Family::V4 => [10, 7, high, low].into(),
-        Family::V6 => [0xfd00, 7, 0, 0, 0, 0, 0, number].into(),
-    };
-    SocketAddr::new(address, 40_000).to_string()
-}
 
 /// A TCP service port with affinity, and one of UDP.
 fn programs(sizes: &[(&'static str, u32)], of: &Addresses) -> Programs {
@@ -75,10 +62,6 @@ fn fragments(programs: &mut Programs, of: &Addresses, client: &str) {
     }
 }
 
-fn entries<K: Pod, V: Pod>(programs: &mut Programs, map: &str) -> usize {
-    programs.hash::<K, V>(map).expect("a map of these types").keys().filter(Result::is_ok).count()
-}
-
 type Client = fn(&mut Programs, &Addresses, &str);
 type Count = fn(&mut Programs, &str) -> usize;
 
@@ -92,11 +75,11 @@ where
 {
     let [half_open, conntrack, affinity, new_affinity, fragmented] = names;
     [
-        (half_open, ask, entries::<FlowKey<A>, Flow<A>>),
-        (conntrack, connect, entries::<FlowKey<A>, Flow<A>>),
-        (affinity, connect, entries::<AffinityKey<A>, Affinity>),
-        (new_affinity, ask, entries::<AffinityKey<A>, Affinity>),
-        (fragmented, fragments, entries::<FragmentKey<A>, FragmentPorts>),
+        (half_open, ask, elements::<FlowKey<A>, Flow<A>>),
+        (conntrack, connect, elements::<FlowKey<A>, Flow<A>>),
+        (affinity, connect, elements::<AffinityKey<A>, Affinity>),
+        (new_affinity, ask, elements::<AffinityKey<A>, Affinity>),
+        (fragmented, fragments, elements::<FragmentKey<A>, FragmentPorts>),
     ]
 }
 
@@ -121,7 +104,7 @@ fn full_maps_of_flows_and_clients_turn_nobody_away() {
         for (map, come, count) in maps {
             let mut programs = programs(&[(map, SIZE)], of);
             for number in 0..CLIENTS {
-                come(&mut programs, of, &client(of.family, number));
+                come(&mut programs, of, &client(of.family, number, 40_000));
             }
             let entries = count(&mut programs, map);
             assert!((SIZE as usize / 4..=SIZE as usize).contains(&entries), "{map}: {entries} elements");
@@ -137,7 +120,7 @@ fn a_full_ring_of_events_loses_events_only_and_counts_them() {
         let mut programs = programs(&[(names::EVENTS, octets as u32)], of);
         programs.array::<u64>(names::LISTENER).unwrap().set(event::UNTIL, u64::from(u32::MAX), 0).unwrap();
         for number in 0..CLIENTS {
-            connect(&mut programs, of, &client(of.family, number));
+            connect(&mut programs, of, &client(of.family, number, 40_000));
         }
         let lost = programs.array::<u64>(names::LISTENER).unwrap().get(&event::LOST, 0).unwrap();
         let mut ring = RingBuf::try_from(programs.share(names::EVENTS).unwrap()).unwrap();

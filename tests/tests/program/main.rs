@@ -24,9 +24,10 @@ mod vlan;
 
 use std::net::SocketAddr;
 
+use aya::Pod;
 use sheave_common::flow::{Flow, FlowKey};
 use sheave_common::frontend::flags;
-use sheave_common::{Ipv4Address, PROTOCOL_TCP, PROTOCOL_UDP};
+use sheave_common::{Address, Ipv4Address, PROTOCOL_TCP, PROTOCOL_UDP};
 use sheave_tests::packet::{ACK, Packet, SYN};
 use sheave_tests::program::{NEXT, Outcome, Programs, Service, SkbContext};
 
@@ -77,9 +78,20 @@ fn two_services() -> Programs {
 
 /// Rewrites every flow of a map.
 fn edit(programs: &mut Programs, map: &str, change: impl Fn(&mut Flow<Ipv4Address>)) {
-    for (key, mut flow) in programs.flows(map).unwrap() {
+    edit_of(programs, map, change);
+}
+
+/// The same for either family.
+fn edit_of<A: Address>(programs: &mut Programs, map: &str, change: impl Fn(&mut Flow<A>))
+where
+    FlowKey<A>: Pod,
+    Flow<A>: Pod,
+{
+    let mut map = programs.hash::<FlowKey<A>, Flow<A>>(map).unwrap();
+    let flows: Vec<_> = map.iter().map(Result::unwrap).collect();
+    for (key, mut flow) in flows {
         change(&mut flow);
-        programs.hash::<FlowKey<Ipv4Address>, Flow<Ipv4Address>>(map).unwrap().insert(key, flow, 0).unwrap();
+        map.insert(key, flow, 0).unwrap();
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use aya::Pod;
 use sheave_common::interface::{Interface, flags as interface_flags};
 use sheave_common::{Ipv4Address, Ipv6Address, names};
 use sheave_tests::family::Family;
@@ -60,6 +61,21 @@ impl Addresses {
 /// `address:port` as packets are made of.
 pub(crate) fn at(address: IpAddr, port: u16) -> String {
     SocketAddr::new(address, port).to_string()
+}
+
+/// One of many clients' address and port.
+pub(crate) fn client(family: Family, number: u16, port: u16) -> String {
+    let [high, low] = number.to_be_bytes();
+    let address: IpAddr = match family {
+        Family::V4 => [10, 7, high, low].into(),
+        Family::V6 => [0xfd00, 7, 0, 0, 0, 0, 0, number].into(),
+    };
+    at(address, port)
+}
+
+/// How many elements a map has.
+pub(crate) fn elements<K: Pod, V: Pod>(programs: &mut Programs, map: &str) -> usize {
+    programs.hash::<K, V>(map).expect("a map of these types").keys().filter(Result::is_ok).count()
 }
 
 /// A service port with one frontend, in one family.

@@ -208,16 +208,16 @@ fn affinities(maps: &PinnedMaps) -> Result<Vec<Affinity>, MapError> {
         let AffinityKey { service_id, edge, client } = key;
         Affinity { service_id, client: client.ip(), edge, backend_id, last_new_connection }
     }
-    // Newcomers first: one that is established meanwhile is in both then, and the other map's is what counts.
-    let (new4, new6) = (maps.new_affinity4()?, maps.new_affinity6()?);
-    let (known4, known6): (BTreeMap<_, _>, BTreeMap<_, _>) =
-        (maps.affinity4()?.into_iter().collect(), maps.affinity6()?.into_iter().collect());
-    let new4 = new4.into_iter().filter(|(key, _)| !known4.contains_key(key)).map(plain);
-    let new6 = new6.into_iter().filter(|(key, _)| !known6.contains_key(key)).map(plain);
-    let mut affinities: Vec<Affinity> = new4.chain(new6).collect();
-    affinities.extend(known4.into_iter().map(plain));
-    affinities.extend(known6.into_iter().map(plain));
-    Ok(affinities)
+    fn of<A: Family + Ord>(
+        newcomers: Vec<(AffinityKey<A>, AffinityValue)>,
+        known: Vec<(AffinityKey<A>, AffinityValue)>,
+    ) -> impl Iterator<Item = Affinity> {
+        newcomers.into_iter().chain(known).collect::<BTreeMap<_, _>>().into_iter().map(plain)
+    }
+    // Newcomers are read first: one that is established meanwhile is in both then, and the other map's is what counts.
+    let v4 = of(maps.new_affinity4()?, maps.affinity4()?);
+    let v6 = of(maps.new_affinity6()?, maps.affinity6()?);
+    Ok(v4.chain(v6).collect())
 }
 
 /// An address of either family.
